@@ -1,0 +1,220 @@
+"""The Llama 2 network (sec 2.2), top to bottom: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, blocks, Llama.
+
+    Llama(LlamaConfig.preset("laptop"))(tokens)      # tokens [B,T] -> logits [B,T,V]
+
+Module names are Meta's, so a Meta checkpoint loads as it is. Rotary embeddings turn neighbouring pairs of features
+(interleaved), as Meta's code does; Hugging Face's layout is a permutation of wq and wk (checkpoint.py).
+Parallelism is applied from outside: nothing here knows of ranks, and head counts in shapes are inferred where a rank may
+hold only some.
+
+Shapes: B batch, T time (new tokens), S time (all tokens attended to), D dim, H query heads, K key-value heads, G = H/K,
+Hd head size, F feed-forward hidden size, V vocabulary.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.config import LlamaConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 and returned in x's dtype (sec 2.2)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()  # [..., D]
+        inv_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # [..., 1]
+        return (x32 * inv_rms).type_as(x) * self.weight
+
+
+def rope_table(head_dim: int, max_seq_len: int, theta: float = 10_000.0, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_seq_len, Hd/2], fp32, of the angles position * theta^(-2i/Hd) (sec 2.2; Su et al. 2021)."""
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)  # [Hd/2]
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), inv_freq)  # [S, Hd/2]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[2i], x[2i+1]) of x [B,T,heads,Hd] by its position's angle; cos, sin [T or B,T, 1, Hd/2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B,T,heads,Hd/2] each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of every layer for up to `max_len` tokens: k, v [B,K,max_len,Hd] a layer, filled from the left.
+
+    `length` tokens are filled. Memory in bytes is batch * max_len * config.kv_bytes_per_token(bytes a value).
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, max_len: int, device=None, dtype=torch.float32):
+        shape = (batch, config.n_kv_heads, max_len, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.length = 0
+
+    @property
+    def max_len(self) -> int:
+        """Most tokens that fit."""
+        return self.k[0].shape[2]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [B,K,T,Hd] after the filled part; return all keys and values so far, [B,K,S,Hd]."""
+        end = self.length + k.shape[2]
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the batch rows `rows` (finished ones leave)."""
+        self.k = [k[rows] for k in self.k]
+        self.v = [v[rows] for v in self.v]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions (sec 2.2, A.2.1). Query head h reads key-value head h // G."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, -1, self.head_dim)  # [B,T,H,Hd]
+        k = self.wk(x).view(B, T, -1, self.head_dim)  # [B,T,K,Hd]
+        v = self.wv(x).view(B, T, -1, self.head_dim)  # [B,T,K,Hd]
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,heads,T,Hd]
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B,K,S,Hd]
+        if T == 1:
+            # One new token: the G queries of a group stand where time would, so no key is copied G times.
+            H, K = q.shape[1], k.shape[1]
+            out = F.scaled_dot_product_attention(q.view(B, K, H // K, self.head_dim), k, v, attn_mask=mask)
+            return self.wo(out.reshape(B, 1, -1))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), D -> F -> D (sec 2.2; Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x)) (sec 2.2)."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)  # [B,T,D]
+        return x + self.feed_forward(self.ffn_norm(x))  # [B,T,D]
+
+
+class Llama(nn.Module):
+    """Llama 2 (sec 2.2): token embeddings, n_layers blocks, a last norm, an untied output layer.
+
+    Weights are drawn by `init_weights`; under `torch.device("meta")` nothing is allocated and parameter counts are exact.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        cos, sin = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def features(
+        self, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Final normed states [B,T,D] of tokens [B,T].
+
+        mask: bool, broadcastable to [B,H,T,S], True where a query may look; None means causal. positions: [T] or [B,T], default
+        the cache's length onwards. cache: appended to, in place. Raises ValueError past max_seq_len or the cache's room.
+        """
+        T = tokens.shape[1]
+        start = cache.length if cache is not None else 0
+        if cache is not None and start + T > cache.max_len:
+            raise ValueError(f"{start} + {T} tokens do not fit the key-value cache of {cache.max_len}; make it longer")
+        if positions is None:
+            if start + T > self.config.max_seq_len:
+                raise ValueError(f"{start + T} tokens are more than max_seq_len {self.config.max_seq_len}; raise it in the config or cut the input")
+            cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # [T,Hd/2]
+        else:
+            cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [T or B,T, Hd/2]
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [.., 1, Hd/2]
+        if mask is None and start > 0 and T > 1:  # a chunk after a filled cache: is_causal would align to the wrong corner
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+        x = self.tok_embeddings(tokens)  # [B,T,D]
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache)  # [B,T,D]
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def forward(
+        self, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits [B,T,V] of tokens [B,T]; arguments as in `features`."""
+        return self.output(self.features(tokens, mask=mask, positions=positions, cache=cache))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> Llama:
+        """Draw every weight from a seed and refill the rotary tables; returns self.
+
+        The paper gives no initialisation. Here: normal with std 1/sqrt(fan in), embeddings with std 1, the two projections that
+        write to the residual stream (wo, w2) scaled down by sqrt(2 * n_layers) as in GPT-2, norms 1. Each tensor has a
+        generator of its own, keyed by its name, so a rank that holds only some tensors draws the same values.
+        """
+        from zlib import crc32
+
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(1.0)
+                continue
+            std = 1.0 if name.startswith("tok_embeddings") else p.shape[1] ** -0.5
+            if name.endswith(("wo.weight", "w2.weight")):
+                std /= (2 * self.config.n_layers) ** 0.5
+            g = torch.Generator().manual_seed(crc32(f"{seed}:{name}".encode()))
+            p.copy_(torch.randn(p.shape, generator=g) * std)
+        self.reset_rope()
+        return self
+
+    @torch.no_grad()
+    def reset_rope(self) -> None:
+        """Recompute the rotary tables on the device of the weights (needed after `to_empty`)."""
+        c = self.config
+        self.rope_cos, self.rope_sin = rope_table(c.head_dim, c.max_seq_len, c.rope_theta, self.norm.weight.device)
+
+
+def document_mask(doc_ids: Tensor) -> Tensor:
+    """Causal mask inside documents: doc_ids [B,T] -> bool [B,1,T,T], True where query and key share a document and key <= query."""
+    T = doc_ids.shape[1]
+    same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]  # [B,1,T,T]
+    return same & torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
