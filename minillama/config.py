@@ -116,3 +116,158 @@ PRESETS: dict[str, dict] = {
     "llama2-34b": dict(dim=8192, n_layers=48, n_heads=64, n_kv_heads=8),
     "llama2-70b": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
 }
+
+
+@dataclass
+class TrainConfig:
+    """What every training stage has in common. Defaults are the paper's pretraining (sec 2.2) unless a field says otherwise."""
+
+    steps: int = 500_000
+    """Optimizer steps (paper: 2.0T tokens in batches of 4M)."""
+    batch_size: int = 1024
+    """Rows of seq_len tokens in a global batch, over all ranks and micro-batches (paper: 4M tokens)."""
+    micro_batch: int = 0
+    """Rows a rank takes through the model at once; 0 is all of its share. The gradient does not depend on it (assumed)."""
+    seq_len: int = 4096
+    """Tokens in a row (paper)."""
+    lr: float = 3e-4
+    """Peak learning rate (paper: 3e-4 for 7B and 13B, 1.5e-4 for 34B and 70B)."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up (paper)."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate as a fraction of the peak; cosine in between (paper)."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on matrices only (paper gives 0.1; which tensors is assumed)."""
+    beta1: float = 0.9
+    """AdamW's first decay rate (paper)."""
+    beta2: float = 0.95
+    """AdamW's second decay rate (paper)."""
+    eps: float = 1e-5
+    """AdamW's epsilon (paper)."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm (paper)."""
+    seed: int = 0
+    """Seed of weights and of the order of the data (assumed)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl (assumed)."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 is only at the end (assumed)."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 is only at the end (assumed)."""
+    compile: bool = False
+    """Compile each block with torch.compile: pays off after about a minute of training on a CPU, and needs a C++ compiler there (assumed)."""
+    bf16: bool = False
+    """Compute in bf16 where the device is good at it (a GPU); refused on a CPU, where it is slower (paper: bf16)."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto for the best present (assumed)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "grad_clip", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("micro_batch", "warmup_steps", "eval_every", "save_every", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass
+class TokenizerConfig:
+    """Learn a tokenizer (sec 2.2)."""
+
+    data: str = "tinyworld"
+    """Text: tinyworld, a file, a folder, a glob, or hf:owner/name."""
+    out: str = "runs/my/tokenizer.model"
+    """File to write."""
+    vocab_size: int = 1536
+    """Number of tokens (paper: 32,000)."""
+    max_docs: int = 100_000
+    """Most documents to learn from (assumed)."""
+
+
+@dataclass
+class PretrainConfig:
+    """Pretrain a Llama on text (sec 2)."""
+
+    data: str = "tinyworld"
+    """Text: tinyworld, a file, a folder, a glob, or hf:owner/name (column names of known sets are known)."""
+    tokenizer: str = "runs/my/tokenizer.model"
+    """A SentencePiece model file."""
+    out: str = "runs/my/pretrain"
+    """Folder of the stage: config.yaml, metrics.jsonl, checkpoint/."""
+    preset: str = "laptop"
+    """Architecture: a name from `minillama info`; its vocabulary becomes the tokenizer's."""
+    model: dict = field(default_factory=dict)
+    """Fields of the architecture that differ from the preset, for example {n_layers: 6}."""
+    init: str = ""
+    """Checkpoint to go on from; empty draws new weights."""
+    val_fraction: float = 0.02
+    """Share of the documents kept for validation (assumed)."""
+    workers: int = 2
+    """Processes that tokenize (assumed)."""
+    whole_documents: bool = True
+    """Pack whole documents that do not see each other; false cuts one long stream into rows (assumed; the paper does not say)."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimization."""
+
+
+@dataclass
+class SFTConfig:
+    """Supervised fine-tuning on instructions (sec 3.1)."""
+
+    data: str = "tinyworld"
+    """Instructions: tinyworld, a jsonl or parquet file, or hf:owner/name."""
+    init: str = "runs/my/pretrain"
+    """Checkpoint to tune: a stage's folder, or Meta or Hugging Face weights."""
+    tokenizer: str = ""
+    """A SentencePiece model file; empty takes the checkpoint's."""
+    out: str = "runs/my/sft"
+    """Folder of the stage."""
+    val_fraction: float = 0.02
+    """Share of the dialogues kept for validation (assumed)."""
+    epochs: float = 2.0
+    """Passes over the data; sets train.steps (paper: 2)."""
+    workers: int = 2
+    """Processes that tokenize (assumed)."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=64, lr=2e-5, warmup_steps=0, seq_len=4096))
+    """Optimization (paper: cosine from 2e-5, weight decay 0.1, batch 64, 4,096 tokens; the cosine's end is assumed); steps follow from epochs."""
+
+
+@dataclass
+class GenerateConfig:
+    """Continue a text, or answer in the chat format."""
+
+    model: str = "runs/laptop/sft"
+    """Checkpoint: a stage's folder, minillama's own format, Meta's or Hugging Face's."""
+    prompt: str = ""
+    """Text to continue."""
+    max_new_tokens: int = 128
+    """Most tokens to write."""
+    temperature: float = 0.0
+    """Softmax temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: sample from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of sampling."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""
+
+
+@dataclass
+class DemoConfig:
+    """The whole pipeline on tinyworld."""
+
+    scale: str = "laptop"
+    """ci (about 2 minutes on 2 cores), laptop (about 7), or gpu."""
+    seed: int = 0
+    """Seed of the world, the weights and the order of the data."""
+    out: str = ""
+    """Folder of the run; empty is runs/<scale>."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""

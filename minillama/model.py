@@ -218,3 +218,16 @@ def document_mask(doc_ids: Tensor) -> Tensor:
     T = doc_ids.shape[1]
     same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]  # [B,1,T,T]
     return same & torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
+
+
+def next_token_loss(model: Llama, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies in nats over the valid targets, and their number (sec 2.2; sec 3.1 with answers only as targets).
+
+    batch: tokens [B,T]; targets [B,T], the token after each position, -100 where nothing is trained; doc_ids [B,T] if rows hold several
+    documents that must not see each other. Pretraining and SFT differ only in the targets.
+    """
+    mask = document_mask(batch["doc_ids"]) if "doc_ids" in batch else None
+    logits = model(batch["tokens"], mask=mask)  # [B,T,V]
+    targets = batch["targets"]  # [B,T]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return loss, (targets != -100).sum()

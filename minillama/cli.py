@@ -1,0 +1,326 @@
+"""The command line: `minillama VERB --help` shows every setting with its default and unit.
+
+Exit status: 0 done, 1 the work failed, 2 the request was wrong. An error is one line that names the value and the fix.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def info(argv: list[str]) -> int:
+    """Sizes of an architecture, without torch: parameters, FLOPs, key-value cache."""
+    from minillama.config import PRESETS, LlamaConfig
+
+    p = _Parser(prog="minillama info", description=info.__doc__)
+    p.add_argument("preset", nargs="?", help="one of: " + ", ".join(PRESETS))
+    p.add_argument("--json", action="store_true", help="print JSON")
+    a = p.parse_args(argv)
+    rows = []
+    for name in [a.preset] if a.preset else PRESETS:
+        c = LlamaConfig.preset(name)
+        rows.append({"preset": name, "n_params": c.n_params(), "dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
+                     "ffn_dim": c.ffn_dim, "vocab_size": c.vocab_size, "max_seq_len": c.max_seq_len, "kv_bytes_per_token": c.kv_bytes_per_token(),
+                     "training_flops_per_token": c.flops_per_token()})  # fmt: skip
+    if a.json:
+        print(json.dumps(rows[0] if a.preset else rows))
+    else:
+        for r in rows:
+            print(f"{r['preset']:<12} {r['n_params']:>15,} parameters  dim {r['dim']} layers {r['n_layers']} heads {r['n_heads']}/{r['n_kv_heads']} ffn {r['ffn_dim']} "
+                  f"vocab {r['vocab_size']}  {r['kv_bytes_per_token']:,} B of 16-bit cache and {r['training_flops_per_token'] / 1e9:.3g} GFLOP of training a token")  # fmt: skip
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    """The whole pipeline on tinyworld: corpus, tokenizer, pretraining, SFT, evaluation, report."""
+    from minillama.config import DemoConfig
+
+    c, _ = _config(DemoConfig, "demo", argv)
+    from minillama import demo as module
+
+    module.run(c)
+    return 0
+
+
+def tokenizer(argv: list[str]) -> int:
+    """Learn a SentencePiece BPE tokenizer from text."""
+    from minillama.config import TokenizerConfig
+
+    c, _ = _config(TokenizerConfig, "tokenizer", argv)
+    from itertools import islice
+
+    from minillama.pretrain import documents
+    from minillama.tokenizer import Tokenizer
+
+    t = Tokenizer.train(islice(documents(c.data), c.max_docs), c.vocab_size, c.out)
+    text = "\n".join(islice(documents(c.data), 200))
+    print(f"{c.out}: {t.vocab_size} tokens, {len(text.encode()) / len(t.encode(text)):.2f} bytes per token on the first 200 documents")
+    return 0
+
+
+def pretrain(argv: list[str]) -> int:
+    """Pretrain a base model on text."""
+    from minillama.config import PretrainConfig
+
+    c, _ = _config(PretrainConfig, "pretrain", argv)
+    from minillama import pretrain as stage
+
+    stage.run(c)
+    print(f"saved in {c.out}; try: minillama generate --model {c.out} --prompt '...'")
+    return 0
+
+
+def sft(argv: list[str]) -> int:
+    """Fine-tune a model on instructions."""
+    from minillama.config import SFTConfig
+
+    c, _ = _config(SFTConfig, "sft", argv)
+    from minillama import sft as stage
+
+    stage.run(c)
+    print(f"saved in {c.out}; try: minillama chat --model {c.out}")
+    return 0
+
+
+def clean(argv: list[str]) -> int:
+    """Filter documents: quality, private data, duplicates, test-set contamination."""
+    from minillama.data.clean import CleanConfig
+
+    def more(p):
+        p.add_argument("data", help="documents: tinyworld[:scale[:seed]], a file, a folder, a glob, or hf:owner/name")
+        p.add_argument("--out", required=True, help="jsonl file to write")
+        p.add_argument("--test", default="", help="texts to keep out of the result: a file of evaluation samples")
+
+    c, a = _config(CleanConfig, "clean", argv, more)
+    from minillama.data import sources
+    from minillama.data.clean import clean as work
+    from minillama.data.clean import score
+    from minillama.data.world import from_spec
+
+    world = from_spec(a.data)
+    docs = list(world.documents() if world else sources.read_documents(a.data))
+    if world:
+        tests = [t.prompt for split in ("validation", "test") for t in world.instructions(split)]
+    else:
+        tests = [d["text"] for d in sources.read_documents(a.test)] if a.test else []
+    kept, report = work(docs, c, tests)
+    sources.write_jsonl(({"text": d["text"], "source": d.get("source", "")} for d in kept), a.out)
+    print(report)
+    if world:
+        for name, s in score(report, docs).items():
+            print(f"{name}: {s}")
+    print(f"{len(kept)} of {len(docs)} documents written to {a.out}")
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Judge a model: perplexity of a text, or gold helpfulness on tinyworld's test split."""
+    p = _Parser(prog="minillama eval", description=evaluate.__doc__)
+    p.add_argument("--model", required=True, help="checkpoint: a stage's folder, minillama's own format, Meta's or Hugging Face's")
+    p.add_argument("--data", default="tinyworld", help="tinyworld[:scale[:seed]] for gold on the test split; else a text to score")
+    p.add_argument("--tasks", type=int, default=500, help="number of test tasks (tinyworld)")
+    p.add_argument("--temperature", type=float, default=0.0, help="softmax temperature; 0 is greedy (tinyworld)")
+    p.add_argument("--base", action="store_true", help="ask with examples in the documents' style instead of the chat format (tinyworld)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    a = p.parse_args(argv)
+    from minillama.checkpoint import load
+    from minillama.data.world import from_spec
+
+    world = from_spec(a.data)
+    model, tok = _with_tokenizer(*load(a.model), a.model)
+    if world:
+        from minillama.evaluation.tinyworld import base_answers, chat_answers, judge
+        from minillama.report import interval
+
+        tasks = world.instructions("test", a.tasks)
+        answers = base_answers(model, tok, world, tasks, a.temperature) if a.base else chat_answers(model, tok, tasks, a.temperature)
+        result = {"world": world.hash, "temperature": a.temperature, **judge(world, tasks, answers)}
+        lines = [f"{k}: {interval(v)}" for k, v in result.items() if isinstance(v, dict) and "mean" in v]
+    else:
+        from minillama.data.sources import read_documents
+        from minillama.evaluation.perplexity import perplexity
+
+        result = perplexity(model, tok, (d["text"] for d in read_documents(a.data)))
+        lines = [f"{k}: {v:.4g}" for k, v in result.items()]
+    print(json.dumps(result) if a.json else "\n".join(lines))
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    """Continue a text."""
+    from minillama.config import GenerateConfig
+
+    c, _ = _config(GenerateConfig, "generate", argv)
+    from minillama.checkpoint import load
+    from minillama.generate import stream, stream_text
+    from minillama.trainer import pick_device
+
+    model, tok = _with_tokenizer(*load(c.model, device=pick_device(c.device)), c.model)
+    ids = tok.encode(c.prompt, bos=True)
+    print(c.prompt, end="", flush=True)
+    new = stream(model, ids, max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p, seed=c.seed, stop=[tok.eos_id])
+    for text in stream_text(tok, (t for t in new if t != tok.eos_id)):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    """Talk to a model in the [INST] format. An empty line or Ctrl-D ends; /reset forgets the dialogue."""
+    from minillama.config import GenerateConfig
+
+    def more(p):
+        p.add_argument("--system", default="", help="system prompt")
+
+    c, a = _config(GenerateConfig, "chat", argv, more)
+    from minillama.chat import Message, check, encode_prompt, fit_context
+    from minillama.checkpoint import load
+    from minillama.generate import stream, stream_text
+    from minillama.trainer import pick_device
+
+    model, tok = _with_tokenizer(*load(c.model, device=pick_device(c.device)), c.model)
+    start = [Message("system", a.system)] if a.system else []
+    history = list(start)
+    room = model.config.max_seq_len - min(c.max_new_tokens, model.config.max_seq_len // 2)
+    turn = 0
+    while True:
+        try:
+            line = c.prompt if c.prompt and not turn else input("you> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not line.strip():
+            break
+        if line.strip() == "/reset":
+            history = list(start)
+            continue
+        asked = [*history, Message("user", line)]
+        try:
+            check(asked)
+            fitted = fit_context(tok, asked, room)
+        except ValueError as e:
+            print(f"(not sent: {e})", file=sys.stderr)
+            if c.prompt and not turn:
+                return 2
+            continue
+        if len(fitted) < len(asked):
+            print(f"(the context holds {room} tokens: {(len(asked) - len(fitted)) // 2} oldest exchange(s) left out)", file=sys.stderr)
+        history, pieces = fitted, []
+        ids = encode_prompt(tok, history)
+        new = stream(model, ids, max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p, seed=c.seed + turn, stop=[tok.eos_id])
+        for text in stream_text(tok, (t for t in new if t != tok.eos_id)):
+            pieces.append(text)
+            print(text, end="", flush=True)
+        print()
+        turn += 1
+        answer = "".join(pieces).strip()
+        try:
+            check([*history, Message("assistant", answer)])
+            history = [*history, Message("assistant", answer)]
+        except ValueError:
+            print("(the answer holds a tag of the format; this exchange is forgotten)", file=sys.stderr)
+            history = history[:-1]
+        if c.prompt and not sys.stdin.isatty() and turn == 1:
+            break
+    return 0
+
+
+def convert(argv: list[str]) -> int:
+    """Convert a checkpoint: Meta, Hugging Face or minillama in; Hugging Face or minillama out."""
+    p = _Parser(prog="minillama convert", description=convert.__doc__)
+    p.add_argument("--model", required=True, help="checkpoint to read, of any kind")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--to", choices=("hf", "minillama"), default="hf", help="format to write (default hf)")
+    a = p.parse_args(argv)
+    from minillama import checkpoint
+
+    model, tok = checkpoint.load(a.model)
+    (checkpoint.save_hf if a.to == "hf" else checkpoint.save)(model, tok, a.out)
+    print(f"{a.out}: {model.config.n_params():,} parameters, {'with' if tok else 'without'} tokenizer")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Rebuild report.md and its plots from the files of a run."""
+    p = _Parser(prog="minillama report", description=report.__doc__)
+    p.add_argument("--run", default="runs/laptop", help="folder of the run (default runs/laptop)")
+    a = p.parse_args(argv)
+    from minillama.report import build
+
+    print(build(a.run))
+    return 0
+
+
+VERBS = {"info": info, "demo": demo, "tokenizer": tokenizer, "clean": clean, "pretrain": pretrain, "sft": sft, "eval": evaluate, "generate": generate,
+         "chat": chat, "convert": convert, "report": report}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def _config(cls: type, verb: str, argv: list[str], more=None):
+    """(config, other arguments) from the command line: --config file.yaml, then dotted overrides."""
+    import dataclasses
+
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    p = jsonargparse.ArgumentParser(prog=f"minillama {verb}", description=VERBS[verb].__doc__, exit_on_error=False)
+    p.add_argument("--config", action="config", help="YAML file of settings; later arguments override it")
+    if more:
+        more(p)
+    p.add_class_arguments(cls, None)
+    try:
+        parsed = p.parse_args(argv)
+        values = p.instantiate_classes(parsed)
+    except (jsonargparse.ArgumentError, argparse.ArgumentError) as e:
+        raise ValueError(f"{' '.join(str(e).split())}; see `minillama {verb} --help`") from None
+    names = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{n: getattr(values, n) for n in names}), values
+
+
+def _with_tokenizer(model, tok, where: str):
+    if tok is None:
+        raise ValueError(f"{where} has no tokenizer.model; put the one it was trained with beside the weights")
+    return model, tok
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: minillama VERB [--help]\n\n" + "\n".join(f"  {name:<10} {fn.__doc__.splitlines()[0]}" for name, fn in VERBS.items()))
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        print(f"minillama: unknown verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        return 1
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
+        return _fail(_line(e), 2)
+    except OSError as e:
+        return _fail(f"{_line(e)}; what was saved before is still there" + (" (free some space, then go on with --resume true)" if e.errno in (27, 28, 122) else ""), 1)
+    except (FloatingPointError, MemoryError, RuntimeError) as e:
+        return _fail(_line(e), 1)
+    except Exception as e:
+        if type(e).__name__ == "Interrupted":
+            return _fail(_line(e), 143)
+        raise
+
+
+def _line(e: BaseException) -> str:
+    if isinstance(e, OSError) and e.filename and e.strerror:
+        return f"{e.strerror}: {e.filename}"
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"minillama: {message}", file=sys.stderr)
+    return status

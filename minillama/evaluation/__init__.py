@@ -1,0 +1,1 @@
+"""Judging models: statistics, perplexity, and tinyworld's gold standard. Training stages never import this package."""

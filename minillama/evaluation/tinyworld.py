@@ -1,0 +1,109 @@
+"""Judging a model by tinyworld's gold standard: fact recall, copying, and the helpfulness of answers.
+
+    judge(world, tasks, chat_answers(model, tokenizer, tasks))["helpfulness"]["mean"]
+
+A base model is asked in the style of its own documents, with three examples; a chat model in the chat format. Both see the same tasks.
+"""
+from __future__ import annotations
+
+from minillama.chat import Message, encode_prompt
+from minillama.data.gold import Gold
+from minillama.data.world import Task, World
+from minillama.evaluation.stats import rate
+from minillama.generate import generate
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+
+PROPERTIES = ("parses", "on_topic", "correct", "named", "whole", "close", "no_filler", "length")
+MAX_NEW = 100  # tokens; the longest answers of the world have about 80
+
+
+def chat_answers(model: Llama, tokenizer: Tokenizer, tasks: list[Task], temperature: float = 0.0, seed: int = 0, batch: int = 128) -> list[str]:
+    """One answer a task, asked in the chat format; greedy by default."""
+    prompts = [encode_prompt(tokenizer, [Message("user", t.prompt)]) for t in tasks]
+    return _answers(model, tokenizer, prompts, [[tokenizer.eos_id]], temperature, seed, batch)
+
+
+def example_prompt(world: World, task: Task, shots: int = 3) -> str:
+    """`shots` examples of the task's kind, from training pairs only, in the question-and-answer style of the documents, then the task."""
+    rng = world.rng(f"examples:{task.id}")
+    pool = _pool(world)[task.kind]
+    lines = [f"Question: {t.prompt}\nAnswer: {world.answer(rng, t)}" for t in rng.sample(pool, min(shots, len(pool)))]
+    return "\n".join([*lines, f"Question: {task.prompt}\nAnswer:"])
+
+
+_pools: dict[str, dict[str, list[Task]]] = {}
+
+
+def _pool(world: World) -> dict[str, list[Task]]:
+    key = f"{world.hash}:{world.scale}"
+    if key not in _pools:
+        _pools[key] = {}
+        for t in world.instructions("train"):
+            _pools[key].setdefault(t.kind, []).append(t)
+    return _pools[key]
+
+
+def base_answers(model: Llama, tokenizer: Tokenizer, world: World, tasks: list[Task], temperature: float = 0.0, seed: int = 0, batch: int = 128) -> list[str]:
+    """One answer a task from a base model: the line that it writes after `example_prompt`."""
+    prompts = [tokenizer.encode(example_prompt(world, t), bos=True) for t in tasks]
+    newline = tokenizer.encode("\n")[-1:]
+    return _answers(model, tokenizer, prompts, [[tokenizer.eos_id], newline], temperature, seed, batch)
+
+
+def _answers(model, tokenizer, prompts, stop, temperature, seed, batch) -> list[str]:
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+    answers = [""] * len(prompts)
+    for k in range(0, len(order), batch):
+        rows = order[k : k + batch]
+        new = generate(model, [prompts[i] for i in rows], max_new_tokens=MAX_NEW, temperature=temperature, seed=seed + k, stop=stop)
+        for i, ids in zip(rows, new, strict=True):
+            answers[i] = tokenizer.decode(ids).strip()
+    return answers
+
+
+def judge(world: World, tasks: list[Task], answers: list[str]) -> dict:
+    """Every property's rate with its Wilson interval; mean gold `helpfulness` likewise; `fact_recall`, correctness on fact questions;
+    `by_kind`, mean helpfulness and correctness a kind of task."""
+    gold = Gold(world)
+    scores = [gold.score(t, a) for t, a in zip(tasks, answers, strict=True)]
+    result = {p: rate(sum(getattr(s, p) for s in scores), len(scores)) for p in PROPERTIES}
+    result["helpfulness"] = rate(sum(s.helpfulness for s in scores), len(scores))
+    facts = [s.correct for t, s in zip(tasks, scores, strict=True) if t.kind == "fact"]
+    if facts:
+        result["fact_recall"] = rate(sum(facts), len(facts))
+    kinds = sorted({t.kind for t in tasks})
+    result["by_kind"] = {}
+    for kind in kinds:
+        mine = [s for t, s in zip(tasks, scores, strict=True) if t.kind == kind]
+        result["by_kind"][kind] = {"n": len(mine), "correct": sum(s.correct for s in mine) / len(mine), "helpfulness": sum(s.helpfulness for s in mine) / len(mine)}
+    return result
+
+
+class Probes:
+    """Two measures to take while a base model trains: does it copy a name from its context, and does it know the facts it read?
+
+    copying: of `n` short texts about unknown people, the share whose question "Who has ...?" is answered with the right sentence.
+    fact_recall: the share of `n` questions about validation pairs (never asked in training) that are answered right.
+    """
+
+    def __init__(self, world: World, tokenizer: Tokenizer, n: int = 64):
+        self.world, self.tokenizer = world, tokenizer
+        self.facts = [t for t in world.instructions("validation") if t.kind == "fact"][:n]
+        rng = world.rng("probes")
+        self.readings = []
+        for _ in range(n):
+            pairs, text = world.owners(rng, 3)
+            p, t = rng.choice(pairs)
+            self.readings.append((f"{text}\nQuestion: Who has the {t}?\nAnswer:", f"{p} has the {t}."))
+
+    def __call__(self, model: Llama) -> dict[str, float]:
+        newline = self.tokenizer.encode("\n")[-1:]
+        prompts = [self.tokenizer.encode(p, bos=True) for p, _ in self.readings]
+        prompts += [self.tokenizer.encode(f"Question: {t.prompt}\nAnswer:", bos=True) for t in self.facts]
+        new = generate(model, prompts, max_new_tokens=28, temperature=0.0, stop=[[self.tokenizer.eos_id], newline])
+        texts = [self.tokenizer.decode(ids).strip() for ids in new]
+        copied = sum(a == b for a, (_, b) in zip(texts, self.readings, strict=False))
+        gold = Gold(self.world)
+        right = sum(gold.score(t, a).correct for t, a in zip(self.facts, texts[len(self.readings) :], strict=True))
+        return {"copying": copied / len(self.readings), "fact_recall": right / len(self.facts)}

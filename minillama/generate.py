@@ -1,0 +1,402 @@
+"""Generation: prefill, then one token at a time from the key-value cache, by greedy choice, temperature or top-p (nucleus).
+
+    generate(model, [tokenizer.encode("Nila lives", bos=True)], max_new_tokens=40, temperature=0.8, top_p=0.9, seed=1)
+
+`sample` is the whole story (tokens with their log-probabilities, and whether a stop came: what RLHF needs, sec 3.2.3);
+`generate` returns its tokens alone, `stream` hands them out as they come. What one row draws depends on (seed, row, step) and its
+own prompt, never on the rows beside it. Left out: beam search and speculative decoding; the paper uses neither.
+
+Shapes: B rows still in the batch, T prompt time, S time in the cache, D model, H query heads, K key-value heads, G = H/K, Hd head
+size, L layers, V vocabulary.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.model import Attention, FeedForward, KVCache, Llama, RMSNorm, TransformerBlock
+from minillama.tokenizer import Tokenizer
+
+Stop = Iterable[int | Sequence[int]]  # token ids, or sequences of them
+
+
+@dataclass
+class Samples:
+    """What `sample` returns, one entry a prompt: new tokens (the stop included, if one came), the log-probability of each under the
+    model itself (temperature 1, no truncation), and whether a stop ended the row (else its limit did)."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    stopped: list[bool]
+
+
+def generate(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int = 128, temperature: float = 1.0, top_p: float = 1.0,
+    seed: int = 0, stop: Stop = (),
+) -> list[list[int]]:  # fmt: skip
+    """New tokens for each prompt, without the stop that ended them. Arguments and errors are those of `sample`."""
+    stop = list(stop)
+    out = sample(model, prompts, max_new_tokens, temperature, top_p, seed, stop, logprobs=False)
+    stops = _stops(stop)
+    return [row[: len(row) - _match(stops, row)] if stopped else row for row, stopped in zip(out.tokens, out.stopped)]
+
+
+def sample(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int = 128, temperature: float = 1.0, top_p: float = 1.0,
+    seed: int = 0, stop: Stop = (), *, first_row: int = 0, logprobs: bool = True,
+) -> Samples:  # fmt: skip
+    """Continue every prompt by up to max_new_tokens, to a stop, or to the end of the context (max_seq_len), whichever is first.
+
+    temperature 0 is greedy. top_p keeps the smallest set of likeliest tokens whose mass is at least top_p. stop: token ids, or
+    sequences of them that end the new tokens. first_row: number of the first prompt; sampling prompts 64.. with first_row=64
+    gives what they would get in one call for all. logprobs=False leaves Samples.logprobs empty and saves time.
+    Raises ValueError for an empty prompt, one longer than max_seq_len, a token outside the vocabulary, or a setting out of range.
+    """
+    samples = Samples([[] for _ in prompts], [[] for _ in prompts], [False] * len(prompts))
+    for _ in _run(model, prompts, samples, max_new_tokens, temperature, top_p, seed, _stops(stop), first_row, logprobs):
+        pass
+    return samples
+
+
+def stream(
+    model: Llama, prompt: list[int], max_new_tokens: int = 128, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, stop: Stop = ()
+) -> Iterator[int]:
+    """The tokens of generate(model, [prompt], ...)[0], each as soon as it cannot be the beginning of a stop. Errors as `sample`."""
+    stops = _stops(stop)
+    hold = max((len(s) for group in stops.values() for s in group), default=1) - 1
+    samples, done = Samples([[]], [[]], [False]), 0
+    row = samples.tokens[0]
+    for _ in _run(model, [prompt], samples, max_new_tokens, temperature, top_p, seed, stops, 0, False):
+        while done < len(row) - hold and not samples.stopped[0]:
+            yield row[done]
+            done += 1
+    yield from row[done : len(row) - (_match(stops, row) if samples.stopped[0] else 0)]
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Pieces of text whose concatenation is tokenizer.decode(all tokens), in linear time.
+
+    A character outside the vocabulary comes as up to 4 byte tokens and is held back until whole. Decoding drops one space at the start
+    of a text and only there, so the first piece is decoded alone and every later one behind an anchor, the letter "a".
+    """
+    anchor = tokenizer.encode("a")[-1:]
+    skip = len(tokenizer.decode(anchor))
+    pending: list[int] = []
+    tail = b""  # bytes of a character that is not complete yet
+    started = False
+
+    def text() -> str:
+        return tokenizer.decode(anchor + pending)[skip:] if started else tokenizer.decode(pending)
+
+    for token in tokens:
+        pending.append(token)
+        piece = tokenizer.piece(token)
+        if len(piece) == 6 and piece.startswith("<0x"):
+            byte = int(piece[3:5], 16)
+            need = 4 if 0xF0 <= byte < 0xF8 else 3 if byte >= 0xE0 else 2  # length that a lead byte announces
+            if 0xC0 <= byte < 0xF8:
+                tail, wanted = bytes([byte]), need
+            elif tail and 0x80 <= byte < 0xC0:
+                tail += bytes([byte])
+            else:
+                tail = b""
+            if tail and len(tail) < wanted:
+                continue
+        tail = b""
+        if out := text():
+            yield out
+            started = True
+        if started:  # before that, pending may hold the space that decoding has dropped, and must go on holding it
+            pending = []
+    if pending and (out := text()):
+        yield out
+
+
+def log_probs(model: Llama, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Log-probability [B,T-1] of tokens[:,1:], each given those before it in its row: one training forward, with gradient.
+
+    valid: bool [B,T], True for real tokens, which must be contiguous in a row (padding left, right or both). A result is 0 where the token
+    or the one before it is padding. Raises ValueError if tokens are longer than max_seq_len.
+    """
+    mask = positions = None
+    if valid is not None:
+        tokens = tokens.masked_fill(~valid, 0)  # a pad id of -1 must not reach the embedding
+        if not valid[:, 0].all():  # padding on the right alone needs nothing: causal attention never sees it
+            positions = (valid.cumsum(1) - 1).clamp_(min=0)  # [B,T]
+            mask = _padded_causal(valid)  # [B,1,T,T]
+    logits = model(tokens, mask=mask, positions=positions)[:, :-1].float()  # [B,T-1,V]
+    out = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(logits.shape[:2])  # [B,T-1]
+    return out if valid is None else out.masked_fill(~(valid[:, 1:] & valid[:, :-1]), 0.0)
+
+
+@torch.inference_mode()  # on a generator it is left at each yield, so it never leaks into the caller
+def _run(
+    model: Llama, prompts: list[list[int]], samples: Samples, max_new_tokens: int, temperature: float, top_p: float, seed: int,
+    stops: dict, first_row: int, logprobs: bool,
+) -> Iterator[None]:  # fmt: skip
+    """Fill `samples`, one token a row between yields."""
+    _check(model, prompts, max_new_tokens, temperature, top_p, seed)
+    limits = [min(max_new_tokens, model.config.max_seq_len - len(p)) for p in prompts]
+    rows = [i for i, limit in enumerate(limits) if limit > 0]  # prompt number of each row of the batch, -1 once finished
+    if not rows:
+        return
+    steps, left = max(limits), len(rows)
+    training = [m for m in model.modules() if m.training]
+    try:
+        if training:
+            model.eval()
+        decoder = (_LeanDecoder if _is_plain(model) else _Decoder)(model, [prompts[i] for i in rows], steps)
+        logits = decoder.logits  # [B,V]
+        uniform = _uniforms(seed, [first_row + i for i in rows], steps).to(logits.device) if temperature > 0 else None  # [steps,B,1]
+        for step in range(steps):
+            picked = _pick(logits, temperature, top_p, None if uniform is None else uniform[step])  # [B,1]
+            if logprobs:
+                scores = logits.float().log_softmax(-1).gather(1, picked)[:, 0].tolist()
+            for j, token in enumerate(picked[:, 0].tolist()):  # the step's one transfer to the host
+                row = rows[j]
+                if row < 0:
+                    continue
+                out = samples.tokens[row]
+                out.append(token)
+                if logprobs:
+                    samples.logprobs[row].append(scores[j])
+                if token in stops and _match(stops, out):
+                    samples.stopped[row] = True
+                elif len(out) < limits[row]:
+                    continue
+                rows[j] = -1
+                left -= 1
+            yield
+            if not left:
+                return
+            if 2 * left <= len(rows):  # finished rows ride along until half are: copying the cache at every end would cost more
+                keep = torch.tensor([j for j, row in enumerate(rows) if row >= 0], device=logits.device)
+                rows = [row for row in rows if row >= 0]
+                picked, uniform = picked[keep], None if uniform is None else uniform[:, keep]
+                decoder.select(keep)
+            logits = decoder.step(picked[:, 0])
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _pick(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> Tensor:
+    """Next tokens [B,1] of logits [B,V], by inverting the cumulative distribution at u [B,1] in [0,1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probs = (logits.float() / temperature).softmax(-1)  # [B,V]
+    if top_p == 1:
+        cdf = probs.cumsum(-1)  # [B,V]
+        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # right: the first entry ABOVE u, so never one of probability 0
+    return _pick_nucleus(probs, top_p, u)
+
+
+def _pick_nucleus(probs: Tensor, top_p: float, u: Tensor, k: int = 64) -> Tensor:
+    """As `_pick`, from the nucleus of probs [B,V]: the shortest prefix of the sorted tokens whose sum reaches top_p. It is usually
+    short, and the top 64 cost a fifth of a whole sort; rows whose top k do not reach top_p are done again with more."""
+    k = min(k, probs.shape[1])
+    top, order = probs.topk(k)  # [B,k] each, sorted
+    cdf = top.cumsum(-1)  # [B,k]
+    last = torch.searchsorted(cdf, torch.full_like(u, top_p))  # [B,1] first entry that reaches top_p, k where none does
+    mass = cdf.gather(1, last.clamp(max=k - 1))  # all of the row where rounding keeps the sum of all tokens below top_p
+    picked = order.gather(1, torch.searchsorted(cdf, u * mass, right=True))  # [B,1]
+    if k < probs.shape[1] and (last == k).any():
+        short = (last[:, 0] == k).nonzero()[:, 0]
+        picked[short] = _pick_nucleus(probs[short], top_p, u[short], 8 * k)
+    return picked
+
+
+def _uniforms(seed: int, rows: list[int], steps: int) -> Tensor:
+    """One number in [0,1) for each step and row, [steps,B,1]: a pure function of (seed, row, step)."""
+    table = np.stack([np.random.default_rng((seed, row)).random(steps) for row in rows], axis=1)
+    return torch.from_numpy(table * (1 - 2**-22)).float().unsqueeze(-1)  # so that u * mass, rounded, stays below mass
+
+
+class _Decoder:
+    """Prefill and cached decoding by calling the model: right for any Llama, whatever was wrapped around its parts.
+
+    Prompts are padded on the left, so that all rows write to the same cache slot; each row has positions of its own.
+    """
+
+    def __init__(self, model: Llama, prompts: list[list[int]], steps: int):
+        self.model = model
+        device = model.rope_cos.device
+        lengths = torch.tensor([len(p) for p in prompts])  # [B]
+        T = int(lengths.max())
+        self.pad = (T - lengths).to(device)  # [B]
+        self.ragged = bool((lengths < T).any())
+        tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # [B,T]
+        self.cache = KVCache(model.config, len(prompts), T + steps - 1, device, model.tok_embeddings.weight.dtype)
+        mask = positions = None
+        if self.ragged:
+            slots = torch.arange(self.cache.max_len, device=device)
+            self.valid = slots >= self.pad[:, None]  # [B,S]
+            positions = (slots[:T] - self.pad[:, None]).clamp_(min=0)  # [B,T]
+            mask = _padded_causal(self.valid[:, :T])  # [B,1,T,T]
+        if _is_plain(model, limit=None):
+            self.logits = model.output(model.features(tokens, mask=mask, positions=positions, cache=self.cache)[:, -1])  # [B,V]
+        else:  # what parallelism hangs on the root's forward must run, even if that gives the logits of all positions
+            self.logits = model(tokens, mask=mask, positions=positions, cache=self.cache)[:, -1]  # [B,V]
+
+    def positions(self) -> Tensor:
+        """Position [B] of the next token of each row; a finished row that rides along stays inside the tables."""
+        return (self.cache.length - self.pad).clamp_(max=self.model.config.max_seq_len - 1)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B,V] after one more token [B] a row."""
+        mask = positions = None
+        if self.ragged:
+            mask, positions = self.valid[:, None, None, : self.cache.length + 1], self.positions()[:, None]  # [B,1,1,S], [B,1]
+        return self.model(tokens[:, None], mask=mask, positions=positions, cache=self.cache)[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows` [B']."""
+        self.pad = self.pad[rows]
+        if self.ragged:
+            self.valid = self.valid[rows]
+        self.cache.select(rows)
+
+
+class _LeanDecoder(_Decoder):
+    """The same arithmetic in far fewer calls. One token through a small model is microseconds of arithmetic and a millisecond of
+    Python and dispatch, so calls are what there is to save:
+
+    * norm weights are folded into the matrices that follow, with sqrt(D), which makes RMSNorm x / hypot(|x|, sqrt(D eps));
+    * wq, wk, wv are one matrix and w1, w3 another;
+    * a rotary turn of a pair is one complex multiplication, and values are "turned" by 1, so q, k, v turn in one call;
+    * keys and values of all layers are one tensor, sliced once a step; residual sums happen inside addmm.
+    """
+
+    def __init__(self, model: Llama, prompts: list[list[int]], steps: int):
+        super().__init__(model, prompts, steps)
+        c, cache = model.config, self.cache
+        self.heads, self.kv_heads, self.head_dim = c.n_heads, c.n_kv_heads, c.head_dim
+        self.embed, self.eps = model.tok_embeddings.weight, torch.tensor((c.dim * c.norm_eps) ** 0.5, device=model.rope_cos.device)
+        self.blocks = []
+        for block in model.layers:
+            a, f = block.attention, block.feed_forward
+            wqkv = _fold(block.attention_norm, a.wq, a.wk, a.wv)  # [D, (H+2K)Hd]
+            w13 = _fold(block.ffn_norm, f.w1, f.w3)  # [D, 2F]
+            self.blocks.append((wqkv, a.wo.weight.T, w13, f.w2.weight.T))
+        self.out = _fold(model.norm, model.output)  # [D,V]
+        self.kv = torch.cat([torch.stack(cache.k), torch.stack(cache.v)], dim=2)  # [L,B,2K,S,Hd]
+        cache.k = cache.v = []  # moved; of the cache only `length` is used from here
+        self.first = min(len(p) for p in prompts)  # position of the turn table's first row
+        end = min(max(len(p) for p in prompts) + steps, c.max_seq_len)
+        turn = torch.complex(model.rope_cos[self.first : end], model.rope_sin[self.first : end]).unsqueeze(1)  # [S',1,Hd/2]
+        turn = torch.cat([turn.expand(-1, c.n_heads + c.n_kv_heads, -1), torch.ones_like(turn).expand(-1, c.n_kv_heads, -1)], dim=1)
+        self.turn = turn.flatten(1)  # [S', (H+2K)Hd/2]
+        if self.ragged:
+            self.bias = torch.zeros(self.valid.shape, device=turn.device).masked_fill_(~self.valid, float("-inf"))[:, None, None]  # [B,1,1,S]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        B, H, K, Hd, length = tokens.shape[0], self.heads, self.kv_heads, self.head_dim, self.cache.length
+        self.cache.length += 1
+        bias = None
+        if self.ragged:
+            turn = self.turn[(length - self.pad - self.first).clamp_(max=self.turn.shape[0] - 1)]  # [B, (H+2K)Hd/2]
+            bias = self.bias[..., : length + 1]  # [B,1,1,S]
+        else:
+            turn = self.turn[length - self.first]  # [(H+2K)Hd/2]
+        slots = self.kv[:, :, :, length].unbind()  # L of [B,2K,Hd]
+        seen = self.kv[:, :, :, : length + 1]  # [L,B,2K,S,Hd]
+        keys, values = seen[:, :, :K].unbind(), seen[:, :, K:].unbind()  # L of [B,K,S,Hd]
+        x = F.embedding(tokens, self.embed)  # [B,D]
+        q_dim, kv_dim, norm, eps = H * Hd, 2 * K * Hd, torch.linalg.vector_norm, self.eps
+        for (wqkv, wo, w13, w2), slot, k, v in zip(self.blocks, slots, keys, values):
+            qkv = torch.mm(x / norm(x, dim=1, keepdim=True).hypot_(eps), wqkv)  # [B,(H+2K)Hd]
+            qkv.view(torch.complex64).mul_(turn)
+            q = qkv.narrow(1, 0, q_dim).view(B, K, H // K, Hd)  # [B,K,G,Hd]
+            slot.copy_(qkv.narrow(1, q_dim, kv_dim).view(B, 2 * K, Hd))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B,K,G,Hd]
+            x = torch.addmm(x, o.reshape(B, q_dim), wo)  # [B,D]
+            gate, up = torch.mm(x / norm(x, dim=1, keepdim=True).hypot_(eps), w13).chunk(2, dim=1)  # [B,F] each
+            x = torch.addmm(x, F.silu(gate).mul_(up), w2)  # [B,D]
+        return torch.mm(x / norm(x, dim=1, keepdim=True).hypot_(eps), self.out)  # [B,V]
+
+    def select(self, rows: Tensor) -> None:
+        self.pad, self.kv = self.pad[rows], self.kv[:, rows]
+        if self.ragged:
+            self.bias = self.bias[rows]
+
+
+def _fold(norm: RMSNorm, *linears: nn.Linear) -> Tensor:
+    """One matrix [D, sum of outputs] for several linears behind `norm`, to follow a division by |x| alone."""
+    return torch.cat([m.weight for m in linears]).mul_(norm.weight * norm.weight.numel() ** 0.5).T
+
+
+_PLAIN = (Llama, TransformerBlock, Attention, FeedForward, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding)
+
+
+def _is_plain(model: Llama, limit: int | None = 2**26) -> bool:
+    """True if the model is made of its own unhooked modules and plain tensors (no FSDP, DTensor, adapters), and so small, in 32 bits and
+    at most `limit` parameters, that the lean decoder's copies of the weights cost nothing. Without a limit, sizes do not matter."""
+    for m in model.modules():
+        if type(m) not in _PLAIN or m._forward_hooks or m._forward_pre_hooks:
+            return False
+    params = list(model.parameters())
+    if any(type(p) is not nn.Parameter for p in params):
+        return False
+    if limit is None:
+        return True
+    small = sum(p.numel() for p in params) <= limit and all(p.dtype == torch.float32 for p in params)
+    return small and not torch.is_autocast_enabled(params[0].device.type)
+
+
+def _padded_causal(valid: Tensor) -> Tensor:
+    """valid [B,T] -> bool [B,1,T,T]: key is real and not after the query. Padding sees itself, as a row of nothing would be NaN."""
+    T = valid.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
+    return (valid[:, None, None] & causal) | torch.eye(T, dtype=torch.bool, device=valid.device)
+
+
+def _stops(stop: Stop) -> dict[int, list[tuple[int, ...]]]:
+    """Stop sequences under their last token, so that a step pays one dict lookup a row."""
+    stops: dict[int, list[tuple[int, ...]]] = {}
+    for s in stop:
+        s = (s,) if isinstance(s, int) else tuple(s)
+        if not s:
+            raise ValueError("a stop sequence is empty; give at least one token id")
+        stops.setdefault(s[-1], []).append(s)
+    return stops
+
+
+def _match(stops: dict[int, list[tuple[int, ...]]], row: list[int]) -> int:
+    """Length of the longest stop that ends `row`, 0 if there is none."""
+    return max((len(s) for s in stops.get(row[-1], ()) if tuple(row[-len(s) :]) == s), default=0)
+
+
+def _check(model: Llama, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is negative; use 0 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} is out of range; use 0 (greedy) or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is out of range; use a mass above 0 and at most 1 (1 keeps every token)")
+    if seed < 0:
+        raise ValueError(f"seed {seed} is negative; use 0 or more")
+    limit, vocab = model.config.max_seq_len, model.config.vocab_size
+    for i, p in enumerate(prompts):
+        if not len(p):
+            raise ValueError(f"prompt {i} is empty; begin it with the BOS token")
+        if len(p) > limit:
+            raise ValueError(f"prompt {i} has {len(p)} tokens, more than max_seq_len {limit}; cut it, or raise max_seq_len in the config")
+        if min(p) < 0 or max(p) >= vocab:
+            raise ValueError(f"prompt {i} has a token outside the vocabulary of {vocab} (smallest {min(p)}, largest {max(p)}); use the model's own tokenizer")
+
+
+class _CallableModule(ModuleType):
+    """`minillama.generate` is this module once it is imported and the function by interface; a callable module is both."""
+
+    def __call__(self, *args, **kwargs) -> list[list[int]]:
+        return generate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,57 @@
+"""Pretraining (sec 2): text to a base model.
+
+    minillama pretrain --data mybooks/ --tokenizer runs/my/tokenizer.model --out runs/my/pretrain
+
+Documents are tokenised once into memory-mapped shards, packed into rows, and trained on with the paper's optimiser. Every token but a document's
+first is a target, the end-of-document token included.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from torch import nn
+
+from minillama import checkpoint
+from minillama.config import LlamaConfig, PretrainConfig
+from minillama.data import sources
+from minillama.data.pack import Batches, split_shards, validation_batches
+from minillama.data.world import from_spec
+from minillama.model import Llama, next_token_loss
+from minillama.tokenizer import Tokenizer
+from minillama.trainer import mean_loss, train, write_config
+
+
+def documents(spec: str) -> Iterator[str]:
+    """Texts of a data spec: "tinyworld[:scale[:seed]]", or anything `sources` reads."""
+    if world := from_spec(spec):
+        yield from (d["text"] for d in world.documents(defects=False))
+    else:
+        yield from (d["text"] for d in sources.read_documents(spec))
+
+
+def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None) -> Llama:
+    """Pretrain by `config`; `texts` replaces config.data, `evaluate` adds metrics to the validation loss. Returns the model.
+
+    Raises ValueError for data without text, a missing tokenizer, or an output folder that holds a run already (without resume).
+    """
+    out, c = Path(config.out), config.train
+    tokenizer = Tokenizer(config.tokenizer)
+    if config.init:
+        model = checkpoint.load(config.init)[0]
+        if model.config.vocab_size != tokenizer.vocab_size:
+            raise ValueError(f"{config.init} has {model.config.vocab_size} tokens, {config.tokenizer} {tokenizer.vocab_size}: they do not belong together")
+    else:
+        model = Llama(LlamaConfig.preset(config.preset, **{"vocab_size": tokenizer.vocab_size, **config.model})).init_weights(c.seed)
+    if c.seq_len > model.config.max_seq_len:
+        raise ValueError(f"train.seq_len {c.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
+    shards, val = split_shards(documents(config.data) if texts is None else texts, str, config.val_fraction, config.tokenizer, out / "data", config.workers)
+    batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, whole_documents=config.whole_documents)
+    val_batches = validation_batches(val, batches) if val else None
+    write_config(config, out)
+
+    def metrics(m: nn.Module) -> dict[str, float]:
+        loss = {"val_loss": mean_loss(m, val_batches, next_token_loss)} if val_batches else {}
+        return {**loss, **(evaluate(m) if evaluate else {})}
+
+    return train(model, batches, next_token_loss, c, out, tokenizer, metrics, config.resume, label="pretrain")

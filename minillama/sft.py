@@ -1,0 +1,62 @@
+"""Supervised fine-tuning (sec 3.1): a base model learns to answer in the chat format.
+
+    minillama sft --data instructions.jsonl --init runs/my/pretrain --out runs/my/sft
+
+The objective is pretraining's with one change: user tokens are context and never targets. The end-of-sequence token after an
+answer is a target: a model that is not taught it never stops. Dialogues are packed into full rows, as in the paper; unlike a plain
+concatenation, packed dialogues do not see each other.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from torch import nn
+
+from minillama import checkpoint
+from minillama.config import SFTConfig
+from minillama.data import sources
+from minillama.data.pack import Batches, split_shards, validation_batches
+from minillama.data.world import from_spec
+from minillama.model import Llama, next_token_loss
+from minillama.tokenizer import Tokenizer
+from minillama.trainer import mean_loss, train, write_config
+
+
+def dialogues(spec: str) -> Iterator[list[dict]]:
+    """Dialogues of a data spec: "tinyworld[:scale[:seed]]", or anything `sources` reads as instructions; each a list of {"role", "content"}."""
+    if world := from_spec(spec):
+        yield from (e["messages"] for e in world.demonstrations())
+    else:
+        yield from (e["messages"] for e in sources.read_instructions(spec))
+
+
+def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None) -> Llama:
+    """Fine-tune by `config`; `items` replaces config.data, `evaluate` adds metrics to the validation loss. Returns the model.
+
+    Steps follow from config.epochs over the packed rows. Raises ValueError for data without dialogues, a checkpoint without a tokenizer, or an
+    output folder that holds a run already (without resume).
+    """
+    out = Path(config.out)
+    model, tokenizer = checkpoint.load(config.init)
+    if config.tokenizer:
+        tokenizer = Tokenizer(config.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{config.init} has no tokenizer.model; name one with --tokenizer")
+    if config.train.seq_len > model.config.max_seq_len:
+        raise ValueError(f"train.seq_len {config.train.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
+    items = dialogues(config.data) if items is None else items
+    shards, val = split_shards(items, json.dumps, config.val_fraction, tokenizer.path, out / "data", config.workers)
+    c = config.train
+    batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, cut=False)
+    c = dataclasses.replace(c, steps=max(1, round(config.epochs * batches.steps_per_epoch)))
+    val_batches = validation_batches(val, batches) if val else None
+    write_config(dataclasses.replace(config, train=c), out)
+
+    def metrics(m: nn.Module) -> dict[str, float]:
+        loss = {"val_loss": mean_loss(m, val_batches, next_token_loss)} if val_batches else {}
+        return {**loss, **(evaluate(m) if evaluate else {})}
+
+    return train(model, batches, next_token_loss, c, out, tokenizer, metrics, config.resume, label="sft")

@@ -1,0 +1,225 @@
+"""The one training loop, for every stage that descends a loss: accumulate, clip, step, log, evaluate, save, resume.
+
+    train(model, batches, next_token_loss, TrainConfig(...), "runs/x/pretrain")
+
+It knows no loss: `loss_fn(model, batch) -> (sum, count)`. Sums are accumulated, and the gradient is divided once by the GLOBAL count of valid
+tokens, over micro-batches and ranks, so neither splitting a batch nor adding ranks changes it. A mean of means would weigh a token
+in a short answer more than one in a long answer.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minillama import checkpoint
+from minillama.config import TrainConfig
+from minillama.tokenizer import Tokenizer
+
+LossFn = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (SIGTERM or Ctrl-C); the state is saved."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is cuda, then mps, then cpu. Raises ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except Exception as e:
+        raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); use auto, cpu, cuda or mps") from None
+    return torch.device(name)
+
+
+def learning_rate(step: int, c: TrainConfig) -> float:
+    """Rate of step 0, 1, ...: linear warm-up to the peak, then a cosine that reaches min_lr_ratio * peak at the last step (sec 2.2)."""
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    done = (step - c.warmup_steps) / max(1, c.steps - 1 - c.warmup_steps)
+    return c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def make_optimizer(model: nn.Module, c: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (sec 2.2); weight decay on matrices, none on norm gains."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+
+
+def accumulate(model: nn.Module, micro_batches: list[dict[str, Tensor]], loss_fn: LossFn, device: torch.device, bf16: bool = False) -> tuple[float, int]:
+    """Leave in .grad the gradient of the mean loss per valid token of the global batch; return that mean and the token count.
+
+    Raises ValueError if no token is valid.
+    """
+    total, count = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
+    for batch in micro_batches:
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss, n = loss_fn(model, batch)
+        loss.backward()
+        total += loss.detach()
+        count += n
+    if dist.is_initialized():  # data-parallel sums of gradients come with the model's own wrapper, of losses here
+        dist.all_reduce(total)
+        dist.all_reduce(count)
+    n = int(count)
+    if n == 0:
+        raise ValueError("a batch has no token to train on; check the data and the loss mask")
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    torch._foreach_div_(grads, n)
+    return float(total) / n, n
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], loss_fn: LossFn) -> float:
+    """Loss per valid token in nats over `batches`, on the model's device."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, n = loss_fn(model, {k: v.to(device) for k, v in batch.items()})
+        total, count = total + float(loss), count + int(n)
+    if not count:
+        raise ValueError("the validation data has no token to score")
+    return total / count
+
+
+def train(
+    model: nn.Module, batches: Callable[[int], list[dict[str, Tensor]]], loss_fn: LossFn, config: TrainConfig, out: str | os.PathLike,
+    tokenizer: Tokenizer | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None, resume: bool = False, label: str = "train",
+) -> nn.Module:  # fmt: skip
+    """Train `model` in place and return it. Writes `out`/metrics.jsonl and `out`/checkpoint/.
+
+    batches(step) gives the micro-batches of a step and must be a pure function of it: then a run that was killed and resumed ends with the
+    weights of one that was not, bit for bit on the same machine. SIGTERM and Ctrl-C save and raise Interrupted. Raises ValueError if
+    `out` has a checkpoint and `resume` is false, or for bf16 on a CPU.
+    """
+    c, out = config, Path(out)
+    device = pick_device(c.device)
+    if c.bf16 and device.type == "cpu":
+        raise ValueError("bf16 is much slower than fp32 on a CPU; leave bf16 off or use a GPU")
+    out.mkdir(parents=True, exist_ok=True)
+    folder = out / "checkpoint"
+    state = checkpoint.load_state(folder) if folder.exists() else None
+    if state and not resume:
+        raise ValueError(f"{out} already holds a checkpoint of step {state[0]}; add --resume true to go on, or choose another folder")
+    model.to(device).train()
+    optimizer = make_optimizer(model, c)
+    names = {p: n for n, p in model.named_parameters()}
+    start, tokens_seen = 0, 0
+    if state:
+        start, path, tensors, meta = state
+        if start > c.steps:
+            raise ValueError(f"{path} is at step {start}, past the {c.steps} asked for; raise train.steps")
+        checkpoint.load_weights(model, path)
+        _restore(optimizer, names, tensors)
+        tokens_seen = meta["tokens"]
+    metrics = out / "metrics.jsonl"
+    _keep_until(metrics, start)
+    if c.compile and shutil.which(os.environ.get("CXX", "g++")) is None and device.type == "cpu":
+        print("torch.compile needs a C++ compiler on a CPU and finds none: training goes on without", file=sys.stderr)
+    elif c.compile:
+        for block in getattr(model, "layers", [model]):
+            block.compile()  # one block at a time: all of them share one compilation
+
+    def save(step: int) -> None:
+        tensors = {f"{key}/{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
+        checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen}, tokenizer)
+
+    stop: list[int] = []
+    previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT) if _main_thread()}
+    bar = tqdm(total=c.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
+    began, window, window_tokens = time.monotonic(), time.monotonic(), 0
+    try:
+        for step in range(start, c.steps):
+            lr = learning_rate(step, c)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, n = accumulate(model, batches(step), loss_fn, device, c.bf16)
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; lower lr or look at the data of this step")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens_seen, window_tokens, done = tokens_seen + n, window_tokens + n, step + 1
+            now = time.monotonic()
+            bar.update()
+            if done % c.log_every == 0 or done == c.steps:
+                rate = window_tokens / max(1e-9, now - window)
+                window, window_tokens = now, 0
+                bar.set_postfix_str(f"loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s")
+                if bar.disable and (done % (10 * c.log_every) == 0 or done == c.steps):
+                    eta = (now - began) / (done - start) * (c.steps - done)
+                    print(f"{label} {done}/{c.steps} loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s ETA {eta:.0f} s", flush=True)
+                _append(metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
+            if evaluate and (done == c.steps or c.eval_every and done % c.eval_every == 0):
+                model.eval()
+                _append(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in evaluate(model).items()}})
+                model.train()
+                window = time.monotonic()
+            if stop or done == c.steps or c.save_every and done % c.save_every == 0:
+                save(done)
+            if stop and done < c.steps:
+                raise Interrupted(f"stopped by {signal.Signals(stop[0]).name} after step {done}; saved in {folder}; go on with --resume true")
+    finally:
+        bar.close()
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+    return model.eval()
+
+
+def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]) -> None:
+    by_name = {n: p for p, n in names.items()}
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        if name not in by_name:
+            raise ValueError(f"the checkpoint's optimizer state is of a tensor {name!r} that this model does not have")
+        p = by_name[name]
+        optimizer.state[p][kind] = value if kind == "step" else value.to(p.device)
+
+
+def _append(path: Path, record: dict) -> None:
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step`, written by a run that was killed after its last checkpoint, and a broken last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def write_config(config: object, out: Path) -> None:
+    """The stage's config.yaml, every field."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
