@@ -98,7 +98,7 @@ def load(dir: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype |
         return _load_own(dir, device, dtype)
     if any(dir.glob("consolidated.*.pth")):
         return load_meta(dir, device, dtype)
-    if (dir / "config.json").is_file() and any(dir.glob("*.safetensors")):
+    if (dir / "config.json").is_file():
         return load_hf(dir, device, dtype)
     for folder in (dir, dir / "checkpoint"):
         steps = _steps(folder, ("params.json", "model.safetensors"))
@@ -264,7 +264,8 @@ def save_hf(model: Llama, tokenizer: Tokenizer | None, dir: PathLike, max_shard_
     """Write a folder that transformers loads: weights in shards of up to `max_shard_bytes`, the tokenizer, the chat template.
 
     AutoTokenizer gives the ids of our Tokenizer, except that it reads "<s>", "</s>" and "<unk>" in a text as special tokens (its
-    habit; the chat template refuses the first two in a turn). Raises ValueError if the tokenizer has more tokens than the model, and as `save`.
+    habit; the chat template refuses the first two in a turn). Raises as `save`, and ValueError if the tokenizer has more tokens than
+    the model.
     """
     c = model.config
     if tokenizer is not None and tokenizer.vocab_size > c.vocab_size:
@@ -449,7 +450,7 @@ def _part(shape: Shape, dim: int | None, n: int, where: Path) -> Shape:
     if dim is None:
         return shape
     if shape[dim] % n:
-        raise ValueError(f"{where}: {n} shards cannot make a tensor of shape {list(shape)} on dimension {dim}; is a file missing or too many?")
+        raise ValueError(f"{where}: {n} shards do not divide a tensor of shape {list(shape)} on dimension {dim}; are all files there?")
     return (*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
 
 
@@ -508,7 +509,7 @@ def _open_safetensors(files: list[Path]) -> tuple[dict[str, Shape], Callable[[],
         for file in files:
             with opened(file) as f:
                 for name in f.keys():
-                    yield name, f.get_tensor(name)
+                    yield name, f.get_tensor(name).clone()  # what get_tensor gives changes when the file does
 
     return shapes, read
 

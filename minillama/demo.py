@@ -78,7 +78,7 @@ def run(config: DemoConfig) -> Path:
         sample = texts()
         chats = [f"[INST] {e['messages'][0]['content']} [/INST] {e['messages'][1]['content']}" for e in world.demonstrations(1000)]
         train_on = sample[: len(sample) // 2] + chats
-        sizes = sorted({300, 400, 512, 768, settings["tokenizer"]["vocab_size"]})
+        sizes = sorted({400, 512, 640, 768, settings["tokenizer"]["vocab_size"]})
         table = []
         held = "\n".join(sample[-200:])
         for size in sizes:  # a curve for the report; the last wanted size is the model's

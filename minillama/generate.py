@@ -45,7 +45,7 @@ def generate(
     stop = list(stop)
     out = sample(model, prompts, max_new_tokens, temperature, top_p, seed, stop, logprobs=False)
     stops = _stops(stop)
-    return [row[: len(row) - _match(stops, row)] if stopped else row for row, stopped in zip(out.tokens, out.stopped)]
+    return [row[: len(row) - _match(stops, row)] if stopped else row for row, stopped in zip(out.tokens, out.stopped, strict=True)]
 
 
 def sample(
@@ -294,7 +294,8 @@ class _LeanDecoder(_Decoder):
         turn = torch.cat([turn.expand(-1, c.n_heads + c.n_kv_heads, -1), torch.ones_like(turn).expand(-1, c.n_kv_heads, -1)], dim=1)
         self.turn = turn.flatten(1)  # [S', (H+2K)Hd/2]
         if self.ragged:
-            self.bias = torch.zeros(self.valid.shape, device=turn.device).masked_fill_(~self.valid, float("-inf"))[:, None, None]  # [B,1,1,S]
+            bias = torch.zeros(self.valid.shape, device=turn.device).masked_fill_(~self.valid, float("-inf"))
+            self.bias = bias[:, None, None]  # [B,1,1,S]
 
     def step(self, tokens: Tensor) -> Tensor:
         B, H, K, Hd, length = tokens.shape[0], self.heads, self.kv_heads, self.head_dim, self.cache.length
@@ -310,7 +311,7 @@ class _LeanDecoder(_Decoder):
         keys, values = seen[:, :, :K].unbind(), seen[:, :, K:].unbind()  # L of [B,K,S,Hd]
         x = F.embedding(tokens, self.embed)  # [B,D]
         q_dim, kv_dim, norm, eps = H * Hd, 2 * K * Hd, torch.linalg.vector_norm, self.eps
-        for (wqkv, wo, w13, w2), slot, k, v in zip(self.blocks, slots, keys, values):
+        for (wqkv, wo, w13, w2), slot, k, v in zip(self.blocks, slots, keys, values, strict=True):
             qkv = torch.mm(x / norm(x, dim=1, keepdim=True).hypot_(eps), wqkv)  # [B,(H+2K)Hd]
             qkv.view(torch.complex64).mul_(turn)
             q = qkv.narrow(1, 0, q_dim).view(B, K, H // K, Hd)  # [B,K,G,Hd]
@@ -389,7 +390,8 @@ def _check(model: Llama, prompts: list[list[int]], max_new_tokens: int, temperat
         if len(p) > limit:
             raise ValueError(f"prompt {i} has {len(p)} tokens, more than max_seq_len {limit}; cut it, or raise max_seq_len in the config")
         if min(p) < 0 or max(p) >= vocab:
-            raise ValueError(f"prompt {i} has a token outside the vocabulary of {vocab} (smallest {min(p)}, largest {max(p)}); use the model's own tokenizer")
+            bad = next(t for t in p if not 0 <= t < vocab)
+            raise ValueError(f"prompt {i} has token {bad}, outside the vocabulary of {vocab}; use the model's own tokenizer")
 
 
 class _CallableModule(ModuleType):

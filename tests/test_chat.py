@@ -12,7 +12,7 @@ SYSTEM = "Answer in one sentence."
 
 def dialogue(*contents, system=None):
     roles = itertools.cycle(["user", "assistant"])
-    return ([Message("system", system)] if system is not None else []) + [Message(r, c) for r, c in zip(roles, contents)]
+    return ([Message("system", system)] if system is not None else []) + [Message(r, c) for r, c in zip(roles, contents, strict=False)]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_the_mask_covers_answers_and_their_eos(tokenizer, system):
     for last_only, answers in ((False, [A1, A2, A3]), (True, [A3])):
         tokens, mask = encode_dialogue(tokenizer, messages, last_only=last_only)
         assert len(tokens) == len(mask)
-        assert written(tokenizer, [t for t, m in zip(tokens, mask) if m]) == "".join(f"{a} </s>" for a in answers)
-        want = sum(([t] for t in itertools.chain(*(tokenizer.encode(f"{a} ", eos=True) for a in answers))), [])
-        assert [t for t, m in zip(tokens, mask) if m] == want
+        assert written(tokenizer, [t for t, m in zip(tokens, mask, strict=True) if m]) == "".join(f"{a} </s>" for a in answers)
+        want = [tokenizer.encode(f"{a} ", eos=True) for a in answers]
+        assert [t for t, m in zip(tokens, mask, strict=True) if m] == list(itertools.chain(*want))
         runs = [k for k, _ in itertools.groupby(mask)]
         assert runs == [False, True] * len(answers)  # one run an answer, ending with the dialogue
         assert mask[-1] and tokens[-1] == 2
@@ -81,7 +81,7 @@ def test_the_mask_covers_answers_and_their_eos(tokenizer, system):
 def test_last_only_without_a_last_answer(tokenizer):
     """A dialogue that ends with a question: the last answer there is, not nothing and not the question."""
     tokens, mask = encode_dialogue(tokenizer, dialogue(U1, A1, U2, A2, U3), last_only=True)
-    assert written(tokenizer, [t for t, m in zip(tokens, mask) if m]) == f"{A2} </s>" and not mask[-1]
+    assert written(tokenizer, [t for t, m in zip(tokens, mask, strict=True) if m]) == f"{A2} </s>" and not mask[-1]
     assert not any(encode_dialogue(tokenizer, dialogue(U1))[1])
 
 
@@ -138,7 +138,7 @@ def test_fit_context_drops_the_oldest(tokenizer, system):
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     before = list(full)
     for room in range(sizes[2], sizes[0] + 2):
-        want = next(c for c, n in zip(candidates, sizes) if n <= room)
+        want = next(c for c, n in zip(candidates, sizes, strict=True) if n <= room)
         assert fit_context(tokenizer, full, room) == want
     assert full == before  # the caller's list is not cut
     with pytest.raises(ValueError, match=f"needs {sizes[2]} tokens, there is room for {sizes[2] - 1}"):

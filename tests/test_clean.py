@@ -44,8 +44,8 @@ def test_private_data_is_found(kind, text):
     "ISBN 978-3-16-148410-0", "pages 120-134 and 555-560", "Chapters 1.2.3.4 and 2.0.1.1", "version 10.20.30.40", "host 127.0.0.1",
     "The octets 300.12.14.16 are none.", "My card is 4111 1111 1111 1112.",
     "DE89 3704 0044 0532 0130 01",  # its digits happen to pass for a card's
-    "Numbers 000-45-6789 and 123-00-6789", "user at example dot com", "the sign @ alone, and a@b", "In 1912 Abbey Road was quiet.", "There are 20 roads and 3 Great Lakes.",
-    "200 300 4000 are round.", "Room 555-1234", "3.14159265358979", "9999999999999995",
+    "Numbers 000-45-6789 and 123-00-6789", "user at example dot com", "the sign @ alone, and a@b", "In 1912 Abbey Road was quiet.",
+    "There are 20 roads and 3 Great Lakes.", "200 300 4000 are round.", "Room 555-1234", "3.14159265358979", "9999999999999995",
 ])  # fmt: skip
 def test_near_misses_are_not_private(text):
     assert find_private(text) == (text, [])
@@ -242,8 +242,7 @@ def test_exact_duplicates_ignore_case_and_punctuation_and_keep_the_first():
 
 def corpus():
     web = "Home | About | Contact\nClick here to subscribe!\nAll rights reserved.\nCookie policy"
-    fine = [{"text": t, "defect": None} for t in generated(60, seed=5)[:8]]
-    fine = [{**d, "text": "the and of " + d["text"]} for d in fine]
+    fine = [{"text": "the and of " + generated(1, seed=i)[0], "defect": None} for i in range(8)]
     bad = [("boilerplate", web), ("gibberish", GIBBERISH), ("private", GOOD + "a@b.example"), ("toxic", GOOD + "All Kabi are liars."),
            ("leak", GOOD + "Where does Kuro live now?"), ("exact_duplicate", fine[0]["text"]),
            ("near_duplicate", fine[1]["text"] + " end"), ("private", GOOD + "no find")]  # fmt: skip

@@ -1,5 +1,6 @@
 """The arithmetic of the architecture against published numbers, closed forms, and the network itself."""
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -11,8 +12,13 @@ from minillama.config import PRESETS, LlamaConfig
 
 @pytest.mark.parametrize(
     "name,params,ffn",
-    [("llama2-7b", 6_738_415_616, 11008), ("llama2-13b", 13_015_864_320, 13824), ("llama2-34b", 33_743_970_304, 22016), ("llama2-70b", 68_976_648_192, 28672)],
-)  # fmt: skip
+    [
+        ("llama2-7b", 6_738_415_616, 11008),
+        ("llama2-13b", 13_015_864_320, 13824),
+        ("llama2-34b", 33_743_970_304, 22016),
+        ("llama2-70b", 68_976_648_192, 28672),
+    ],
+)
 def test_published_sizes(name, params, ffn):
     """The exact parameter counts and feed-forward sizes of the released checkpoints (34B: Code Llama's, the same architecture)."""
     config = LlamaConfig.preset(name)
@@ -136,7 +142,7 @@ def test_every_field_tells_its_help():
 
     tree = ast.parse(inspect.getsource(minillama.config))
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "LlamaConfig").body
-    told = {a.target.id for a, d in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(d, ast.Expr)}
+    told = {a.target.id for a, d in itertools.pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(d, ast.Expr)}
     assert told == {f.name for f in dataclasses.fields(LlamaConfig)}
 
 
@@ -155,4 +161,4 @@ def test_public_names():
 
     assert set(minillama.__all__) <= set(dir(minillama))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        minillama.nonsense
+        _ = minillama.nonsense

@@ -7,8 +7,7 @@ import torch
 
 import minillama
 from minillama import Llama, LlamaConfig, Tokenizer
-from minillama import generate as public_generate
-from minillama import generate as g
+from minillama import generate as g  # the name is the module and callable
 from minillama.generate import generate, log_probs, sample, stream, stream_text
 
 CONFIG = LlamaConfig(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=61, multiple_of=16, max_seq_len=40, norm_eps=0.05)
@@ -51,7 +50,7 @@ def greedy_by_hand(model, prompt, n):
 
 def test_the_name_is_a_function_and_a_module():
     """Importing the submodule overwrites the attribute minillama.generate: the name must stay callable."""
-    assert callable(minillama.generate) and callable(public_generate)
+    assert callable(minillama.generate) and minillama.generate is g
     assert minillama.generate.stream is stream
     tiny = build(LlamaConfig(dim=8, n_layers=1, n_heads=2, vocab_size=5, max_seq_len=8))
     assert minillama.generate(tiny, [[1]], max_new_tokens=3, temperature=0) == generate(tiny, [[1]], max_new_tokens=3, temperature=0)
@@ -126,13 +125,13 @@ def test_wrapped_models_take_the_module_path(model):
 def test_logprobs_are_the_training_forwards(either):
     """PPO's ratio starts at 1 only if the sampler's log-probabilities are the model's own, whatever temperature and top_p drew them."""
     out = sample(either, RAGGED, max_new_tokens=15, temperature=0.7, top_p=0.9, seed=2, stop=[4, 9])
-    rows = [p + t for p, t in zip(RAGGED, out.tokens)]
+    rows = [p + t for p, t in zip(RAGGED, out.tokens, strict=True)]
     width = max(map(len, rows))
     right = torch.tensor([r + [-1] * (width - len(r)) for r in rows])
     left = torch.tensor([[-1] * (width - len(r)) + r for r in rows])
     with torch.no_grad():
         by_right, by_left = log_probs(either, right, right >= 0), log_probs(either, left, left >= 0)
-        for i, (prompt, new) in enumerate(zip(RAGGED, out.tokens)):
+        for i, (prompt, new) in enumerate(zip(RAGGED, out.tokens, strict=True)):
             alone = log_probs(either, torch.tensor([rows[i]]))[0]
             direct = either(torch.tensor([rows[i]]))[0].log_softmax(-1)
             want = torch.stack([direct[t - 1, rows[i][t]] for t in range(1, len(rows[i]))])
@@ -237,7 +236,7 @@ def test_stops(model):
         out = sample(model, RAGGED, max_new_tokens=12, temperature=0, stop=stop)
         gen = generate(model, RAGGED, max_new_tokens=12, temperature=0, stop=stop)
         sequences = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
-        for row, kept, stopped, clean in zip(free, out.tokens, out.stopped, gen):
+        for row, kept, stopped, clean in zip(free, out.tokens, out.stopped, gen, strict=True):
             ends = [(e, len(s)) for e in range(1, 13) for s in sequences if tuple(row[max(0, e - len(s)) : e]) == s]
             if ends:
                 end = min(e for e, _ in ends)
@@ -256,6 +255,8 @@ def test_context_limit(either):
     out = sample(either, prompts, max_new_tokens=100, temperature=0)
     assert [len(t) for t in out.tokens] == [3, 38, 0, 2] and out.stopped == [False] * 4
     assert out.tokens == [greedy_by_hand(either, p, 40 - len(p)) for p in prompts]
+    ride = [[1] * 38, [1, 5], [1, 7], [1, 9]]  # the first finishes 36 steps before half of the batch has
+    assert generate(either, ride, max_new_tokens=100, temperature=0) == [greedy_by_hand(either, p, 40 - len(p)) for p in ride]
     assert generate(either, prompts, max_new_tokens=0) == [[]] * 4 and generate(either, []) == []
 
 
@@ -309,7 +310,8 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.train(text, 340, tmp_path_factory.mktemp("tok") / "tokenizer.model")
 
 
-TEXTS = ["Nila lives.", " leading", "   three", "", " ", "  ", "a\n\n b", "naïve café ☕ 日本語", "👨‍👩‍👧‍👦🏳️‍🌈", "x🙂", "🙂x", "\ufffd\ufffd", "\x00\x7f"]
+TEXTS = ["Nila lives.", " leading", "   three", "", " ", "  ", "a\n\n b", "naïve café ☕ 日本語", "👨‍👩‍👧‍👦🏳️‍🌈", "x🙂", "🙂x"]
+TEXTS += ["\ufffd\ufffd", "\x00\x7f"]
 
 
 @pytest.mark.parametrize("text", TEXTS)

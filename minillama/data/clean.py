@@ -3,8 +3,8 @@
     kept, report = clean(docs, CleanConfig(), test_samples=prompts);  print(report);  score(report, docs)
 
 The paper says little: public text, sites known for personal data removed, factual sources up-sampled, overlap with the test sets measured.
-The rules here are those of published pipelines (Gopher's quality rules, MinHash de-duplication). They run in this order, each on what the
-earlier ones kept: boilerplate, quality, private, toxic, contamination, exact_duplicate, near_duplicate, and say why they flagged a document.
+The rules here are those of published pipelines (Gopher's quality rules, MinHash de-duplication). They run in this order, each on what
+the earlier ones kept: boilerplate, quality, private, toxic, contamination, exact_duplicate, near_duplicate. Each says why it flagged.
 
 Toxic text was deliberately NOT filtered from Llama 2's pretraining data (sec 4.1: such models need fewer examples to be made safe, and
 filters erase some groups of people from the data). So `toxic` is reported but drops nothing unless asked to.
@@ -120,33 +120,23 @@ CUES = re.compile(
     re.I)  # fmt: skip
 
 
+@lru_cache(maxsize=1 << 16)
 def cues(line: str) -> int:
     """How many different web cues a line of at most 15 words has; 0 for a longer line, which is prose."""
-    return 0 if len(line.split()) > 15 else len({m.group().lower() for m in CUES.finditer(line.strip())})
+    return 0 if len(line.split()) > 15 else len({m.group().lower() for m in CUES.finditer(line)})
 
 
 def boilerplate_lines(docs: Iterable[str], min_docs: int) -> set[str]:
     """Lines with two web cues, or with one and found in at least `min_docs` documents. A sentence without cues may repeat for ever."""
-    strength: dict[str, int] = {}
-    count: Counter = Counter()
-    for text in docs:
-        if CUES.search(text) or re.search(r"^(?:read more|next|previous)\b", text, re.I | re.M):
-            for line in sorted({line.strip() for line in text.split("\n")}):
-                if line not in strength:
-                    strength[line] = cues(line)
-                if strength[line]:
-                    count[line] += 1
-    return {line for line, n in count.items() if strength[line] > 1 or n >= min_docs}
+    count = Counter(line for text in docs for line in {line.strip() for line in text.split("\n")} if cues(line))
+    return {line for line, n in count.items() if n >= min_docs or cues(line) > 1}
 
 
 def strip_boilerplate(text: str, lines: set[str]) -> tuple[str, float]:
     """(text without those lines, share of its words that were in them). A document with three cued lines or more loses all of those."""
     split = text.split("\n")
-    bad = [line.strip() in lines for line in split]
-    if CUES.search(text):
-        cued = [cues(line) > 0 for line in split]
-        if sum(cued) >= 3:
-            bad = [a or b for a, b in zip(bad, cued, strict=True)]
+    cued = [cues(line.strip()) > 0 for line in split]
+    bad = cued if sum(cued) >= 3 else [line.strip() in lines for line in split]
     if not any(bad):
         return text, 0.0
     n_bad = sum(len(line.split()) for line, b in zip(split, bad, strict=True) if b)
