@@ -87,6 +87,7 @@ def fit_context(tokenizer: Tokenizer, messages: list[Message], room: int) -> lis
 
     Raises ValueError if the last user turn alone does not fit.
     """
+    check(messages)
     kept = list(messages)
     first = 1 if kept[0].role == "system" else 0
     while len(ids := encode_prompt(tokenizer, kept)) > room:

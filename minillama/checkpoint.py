@@ -393,7 +393,7 @@ def _find_tokenizer(folders: Iterable[Path], config: LlamaConfig) -> Tokenizer |
 
 def _write_tokenizer(tokenizer: Tokenizer, dir: Path) -> None:
     # From memory: the file may be in an older step's folder that is gone by now.
-    (dir / "tokenizer.model").write_bytes(tokenizer._sp.serialized_model_proto())
+    (dir / "tokenizer.model").write_bytes(tokenizer.serialized())
 
 
 def _write_hf_tokenizer(tokenizer: Tokenizer, max_len: int, dir: Path) -> None:

@@ -120,7 +120,7 @@ def evaluate(argv: list[str]) -> int:
     p = _Parser(prog="minillama eval", description=evaluate.__doc__)
     p.add_argument("--model", required=True, help="checkpoint: a stage's folder, minillama's own format, Meta's or Hugging Face's")
     p.add_argument("--data", default="tinyworld", help="tinyworld[:scale[:seed]] for gold on the test split; else a text to score")
-    p.add_argument("--tasks", type=int, default=500, help="number of test tasks (tinyworld)")
+    p.add_argument("--tasks", type=int, help="number of test tasks (tinyworld; default the scale's)")
     p.add_argument("--temperature", type=float, default=0.0, help="softmax temperature; 0 is greedy (tinyworld)")
     p.add_argument("--base", action="store_true", help="ask with examples in the documents' style instead of the chat format (tinyworld)")
     p.add_argument("--json", action="store_true", help="print JSON")

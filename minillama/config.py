@@ -109,7 +109,7 @@ class LlamaConfig:
 # 34B was described in the paper but never released; 70B's hidden size 28,672 comes from 4096 and 1.3 as in its params.json.
 PRESETS: dict[str, dict] = {
     "ci": dict(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=1024, multiple_of=32, max_seq_len=512),
-    "laptop": dict(dim=128, n_layers=4, n_heads=8, n_kv_heads=2, vocab_size=1536, multiple_of=32, max_seq_len=512),
+    "laptop": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=1280, multiple_of=32, max_seq_len=512),
     "gpu": dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, vocab_size=4096, multiple_of=64, max_seq_len=1024),
     "llama2-7b": dict(),
     "llama2-13b": dict(dim=5120, n_layers=40, n_heads=40),
@@ -181,7 +181,7 @@ class TokenizerConfig:
     """Text: tinyworld, a file, a folder, a glob, or hf:owner/name."""
     out: str = "runs/my/tokenizer.model"
     """File to write."""
-    vocab_size: int = 1536
+    vocab_size: int = 1280
     """Number of tokens (paper: 32,000)."""
     max_docs: int = 100_000
     """Most documents to learn from (assumed)."""

@@ -59,7 +59,7 @@ def run(config: DemoConfig) -> Path:
 
     def make_corpus() -> None:
         documents = list(world.documents())
-        tests = [t.prompt for split in ("validation", "test") for t in world.instructions(split, settings["eval_tasks"])]
+        tests = [t.prompt for split in ("validation", "test") for t in world.instructions(split)]
         kept, result = clean(documents, CleanConfig(workers=2), tests)
         questions = world.contamination(d["text"] for d in kept)
         demos = world.contamination(m["content"] for e in world.demonstrations() for m in e["messages"])
@@ -104,7 +104,7 @@ def run(config: DemoConfig) -> Path:
         sft.run(c, [e["messages"] for e in world.demonstrations()])
 
     def evaluate() -> None:
-        tasks = world.instructions("test", settings["eval_tasks"])
+        tasks = world.instructions("test")
         base, tokenizer = load(out / "pretrain")
         chat, _ = load(out / "sft")
         chats = {"0.0": chat_answers(chat, tokenizer, tasks), "1.0": chat_answers(chat, tokenizer, tasks, temperature=1.0, seed=config.seed)}

@@ -233,7 +233,7 @@ class _Decoder:
         self.pad = (T - lengths).to(device)  # [B]
         self.ragged = bool((lengths < T).any())
         tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # [B,T]
-        self.cache = KVCache(model.config, len(prompts), T + steps - 1, device, model.tok_embeddings.weight.dtype)
+        self.cache = KVCache(model.config, len(prompts), T + steps - 1)
         mask = positions = None
         if self.ragged:
             slots = torch.arange(self.cache.max_len, device=device)

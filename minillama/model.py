@@ -49,22 +49,20 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every layer for up to `max_len` tokens: k, v [B,K,max_len,Hd] a layer, filled from the left.
 
-    `length` tokens are filled. Memory in bytes is batch * max_len * config.kv_bytes_per_token(bytes a value).
+    A layer's memory is laid out at its first `append`, in the heads, dtype and device of what comes: a tensor-parallel rank holds its own heads
+    only. `length` tokens are filled. Bytes: batch * max_len * config.kv_bytes_per_token(bytes a value).
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, max_len: int, device=None, dtype=torch.float32):
-        shape = (batch, config.n_kv_heads, max_len, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.length = 0
-
-    @property
-    def max_len(self) -> int:
-        """Most tokens that fit."""
-        return self.k[0].shape[2]
+    def __init__(self, config: LlamaConfig, batch: int, max_len: int):
+        self.batch, self.max_len, self.length = batch, max_len, 0
+        self.k: list[Tensor | None] = [None] * config.n_layers
+        self.v: list[Tensor | None] = [None] * config.n_layers
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B,K,T,Hd] after the filled part; return all keys and values so far, [B,K,S,Hd]."""
+        if self.k[layer] is None:
+            shape = (self.batch, k.shape[1], self.max_len, k.shape[3])
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
         end = self.length + k.shape[2]
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
@@ -72,6 +70,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep only the batch rows `rows` (finished ones leave)."""
+        self.batch = len(rows)
         self.k = [k[rows] for k in self.k]
         self.v = [v[rows] for v in self.v]
 
@@ -156,7 +155,8 @@ class Llama(nn.Module):
         """Final normed states [B,T,D] of tokens [B,T].
 
         mask: bool, broadcastable to [B,H,T,S], True where a query may look; None means causal. positions: [T] or [B,T], default
-        the cache's length onwards. cache: appended to, in place. Raises ValueError past max_seq_len or the cache's room.
+        the cache's length onwards; given ones must be below max_seq_len (IndexError, or undefined on a GPU). cache: appended to, in place. Raises
+        ValueError past max_seq_len or the cache's room.
         """
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
@@ -188,7 +188,7 @@ class Llama(nn.Module):
     def init_weights(self, seed: int = 0) -> Llama:
         """Draw every weight from a seed and refill the rotary tables; returns self.
 
-        The paper gives no initialisation. Here: normal with std 1/sqrt(fan in), embeddings with std 1, the two projections that
+        The paper gives no initialisation. Here: normal with std 1/sqrt(fan in) (1/sqrt(dim) for embeddings), the two projections that
         write to the residual stream (wo, w2) scaled down by sqrt(2 * n_layers) as in GPT-2, norms 1. Each tensor has a
         generator of its own, keyed by its name, so a rank that holds only some tensors draws the same values.
         """
@@ -198,7 +198,7 @@ class Llama(nn.Module):
             if p.dim() == 1:
                 p.fill_(1.0)
                 continue
-            std = 1.0 if name.startswith("tok_embeddings") else p.shape[1] ** -0.5
+            std = p.shape[1] ** -0.5
             if name.endswith(("wo.weight", "w2.weight")):
                 std /= (2 * self.config.n_layers) ** 0.5
             g = torch.Generator().manual_seed(crc32(f"{seed}:{name}".encode()))

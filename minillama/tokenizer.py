@@ -36,7 +36,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | os.PathLike, threads: int = 2) -> Tokenizer:
-        """Learn a vocabulary from `texts` and write it to `path` (a .model file); the same texts give the same file.
+        """Learn a vocabulary from `texts` and write it to `path` (a .model file); the same texts and `threads` give the same file.
 
         vocab_size counts the 3 special tokens and 256 bytes; at least 300. No normalisation: text comes back as it went in.
         Raises ValueError for no text, or a vocabulary larger than the texts support (the error gives the largest).
@@ -46,16 +46,19 @@ class Tokenizer:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f".{path.name}.{os.getpid()}")
-        empty = True
+        empty, failed = True, None
 
         def lines():
-            nonlocal empty
-            for text in texts:
-                _check(text)
-                for line in text.split("\n"):  # newlines are bytes; pieces never cross them
-                    if line.strip():
-                        empty = False
-                        yield from (line[i : i + 4000] for i in range(0, len(line), 4000))  # the trainer drops lines over its limit
+            nonlocal empty, failed
+            try:
+                for text in texts:
+                    _check(text)
+                    for line in text.split("\n"):  # newlines are bytes; pieces never cross them
+                        if line.strip():
+                            empty = False
+                            yield from (line[i : i + 4000] for i in range(0, len(line), 4000))  # the trainer drops lines over its limit
+            except Exception as e:  # SentencePiece would wrap it in an error of its own
+                failed = e
 
         try:
             with open(tmp, "wb") as out:
@@ -65,8 +68,12 @@ class Tokenizer:
                     allow_whitespace_only_pieces=True, add_dummy_prefix=True, max_sentence_length=65536, character_coverage=0.99995,
                     unk_id=0, bos_id=1, eos_id=2, pad_id=-1, unk_surface=" \u2047 ", num_threads=threads, minloglevel=2,
                 )  # fmt: skip
+            if failed is not None:
+                raise failed from None
             os.replace(tmp, path)
         except RuntimeError as e:
+            if failed is not None:
+                raise failed from None
             if empty:
                 raise ValueError("there is no text to train a tokenizer on") from None
             raise ValueError(f"cannot learn {vocab_size} tokens from these texts: {' '.join(str(e).split())[-160:]}") from None
@@ -92,8 +99,14 @@ class Tokenizer:
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
         return self._sp.DecodeIds(ids)
 
+    def serialized(self) -> bytes:
+        """The model file's bytes (the file itself may have moved since it was read)."""
+        return self._sp.serialized_model_proto()
+
     def piece(self, token: int) -> str:
-        """The vocabulary entry of one id, with U+2581 for a space."""
+        """The vocabulary entry of one id, with U+2581 for a space. Raises ValueError for an id out of range."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         return self._sp.IdToPiece(int(token))
 
 

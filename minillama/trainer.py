@@ -140,7 +140,8 @@ def train(
 
     def save(step: int) -> None:
         tensors = {f"{key}/{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
-        checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen}, tokenizer)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen}, tokenizer, keep=0)
 
     stop: list[int] = []
     previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT) if _main_thread()}
@@ -170,7 +171,9 @@ def train(
                 _append(metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
             if evaluate and (done == c.steps or c.eval_every and done % c.eval_every == 0):
                 model.eval()
-                _append(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in evaluate(model).items()}})
+                with torch.compiler.set_stance("force_eager"):  # other shapes, and a cache: not worth compiling for
+                    measured = evaluate(model)
+                _append(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in measured.items()}})
                 model.train()
                 window = time.monotonic()
             if stop or done == c.steps or c.save_every and done % c.save_every == 0:

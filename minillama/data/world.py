@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a world: how many of each kind, pretraining documents, and training instructions."""
+    """Sizes of a world: how many of each kind, pretraining documents, training instructions, and tasks of the test split."""
 
     people: int
     places: int
@@ -33,12 +33,13 @@ class Scale:
     dishes: int
     documents: int
     instructions: int
+    tasks: int
 
 
 SCALES = {
-    "ci": Scale(people=16, places=8, animals=8, things=8, dishes=6, documents=5_000, instructions=2_000),
-    "laptop": Scale(people=32, places=12, animals=12, things=12, dishes=10, documents=14_000, instructions=6_000),
-    "gpu": Scale(people=400, places=60, animals=40, things=40, dishes=10, documents=400_000, instructions=40_000),
+    "ci": Scale(people=16, places=8, animals=8, things=8, dishes=6, documents=5_000, instructions=2_000, tasks=200),
+    "laptop": Scale(people=32, places=12, animals=12, things=12, dishes=10, documents=18_000, instructions=6_000, tasks=600),
+    "gpu": Scale(people=400, places=60, animals=40, things=40, dishes=10, documents=400_000, instructions=40_000, tasks=2_000),
 }
 
 # what -> (kind of who, values or the kind they come from, statements, questions)
@@ -92,7 +93,7 @@ WORDS = (
     "lantern kite basket ribbon hammer candle mirror ladder bucket feather button pillow wagon whistle needle spoon barrel anchor "
     "shovel blanket bottle saddle marble pencil"
 ).split()
-OWN = ("{p} has the {t}.", "The {t} belongs to {p}.")
+OWN = ("The {t} belongs to {p}.", "The {t} is with {p}.")
 LIST_KINDS = {"animals": "animal", "places": "place", "dishes": "dish", "things": "thing"}
 NUMBERS = ("zero", "one", "two", "three", "four")
 STEPS = ("To make {dish}, first wash the {base}.", "Then cut the {base} and put it in a {pot}.", "Last, cook the {dish} for {n} minutes.")
@@ -147,6 +148,7 @@ class World:
         name = lambda ending="": self._name(rng, taken, ending)  # noqa: E731
         self.names: dict[str, list[str]] = {
             "person": [sentence(name()) for _ in range(s.people)],
+            "stranger": [sentence(name()) for _ in range(3 * s.people)],  # people of stories only: nothing is known of them
             "place": [sentence(name("am")) for _ in range(s.places)],
             "river": [sentence(name("e")) for _ in range(8)],
             "group": [sentence(name("i")) for _ in range(6)],
@@ -220,10 +222,14 @@ class World:
         """
         rng = self.rng("documents")
         recent: list[str] = []
-        tests = self.instructions("test", n=400)
-        for _ in range(self.size.documents):
+        tests, written, n = self.instructions("test"), set(), 0
+        while n < self.size.documents:
             kind = rng.choices(self.KINDS, self.KIND_WEIGHTS)[0]
             doc = {"text": getattr(self, f"_{kind}")(rng), "source": "encyclopedia" if kind == "entry" else "web", "kind": kind, "defect": None}
+            if doc["text"] in written:  # a copy is a defect, and those are planted and labelled
+                continue
+            written.add(doc["text"])
+            n += 1
             if len(doc["text"]) > 300:
                 recent = [*recent[-199:], doc["text"]]
             yield doc
@@ -231,11 +237,11 @@ class World:
                 yield self._defect(rng, rng.choice(DEFECTS), recent, tests)
 
     def _some(self, rng: Random, n: int, known: float = 0.6) -> list[str]:
-        """n different people: known ones or, to teach copying, names that occur in this document only."""
+        """n different people: known ones or, to teach copying, strangers, about whom only this document can tell."""
         people: list[str] = []
         while len(people) < n:
-            p = rng.choice(self.names["person"]) if rng.random() < known else sentence(self._name(rng, set()))
-            if p not in people and not (p in self.entities and known == 0):
+            p = rng.choice(self.names["person" if rng.random() < known else "stranger"])
+            if p not in people:
                 people.append(p)
         return people
 
@@ -316,11 +322,11 @@ class World:
         pairs, text = self.owners(rng, rng.randint(2, 4))
         lines = [text]
         for p, t in rng.sample(pairs, len(pairs)):
-            lines.append(f"Question: Who has the {t}?\nAnswer: {p} has the {t}.")
+            lines.append(f"Question: Who has the {t}?\nAnswer: The {t} belongs to {p}.")
         return "\n".join(lines)
 
     def _defect(self, rng: Random, defect: str, recent: list[str], tests: list[Task]) -> dict:
-        base = rng.choice(recent)
+        base = rng.choice(recent) if "duplicate" in defect else self._story(rng)
         if defect == "near_duplicate":
             words = base.split(" ")
             i = rng.randrange(len(words))
@@ -353,13 +359,13 @@ class World:
     # ---- instructions --------------------------------------------------------------------------------------------------
 
     def instructions(self, split: str, n: int | None = None, purpose: str = "") -> list[Task]:
-        """n tasks of a split, none twice within it, none shared between splits. Default n: the scale's for train, all facts * 3 otherwise."""
+        """n tasks of a split, none twice within it, none shared between splits. Default n: the scale's (half its `tasks` for validation)."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
         rng = self.rng(f"instructions:{split}:{purpose}")
         facts = [(who, what, q) for (who, what), s in self.split.items() if s == split for q in ATTRIBUTES[what][3]]
         rng.shuffle(facts)
-        n = n if n is not None else (self.size.instructions if split == "train" else 2 * len(facts))
+        n = n if n is not None else dict(train=self.size.instructions, validation=self.size.tasks // 2, test=self.size.tasks)[split]
         tasks: list[Task] = []
         seen: set[str] = set()
         others = (self._task_story, self._task_reading, self._task_list, self._task_sum, self._task_howto)
@@ -374,8 +380,6 @@ class World:
             if task and (repeats or task.prompt not in seen):
                 seen.add(task.prompt)
                 tasks.append(task)
-            elif not facts and split != "train" and len(seen) > 50 and rng.random() < 0.01 and len(tasks) > 0.9 * n:
-                break
         return tasks
 
     @staticmethod
@@ -396,6 +400,8 @@ class World:
 
     def _task_list(self, rng: Random, split: str) -> Task | None:
         label, k = rng.choice(list(LIST_KINDS)), rng.randint(2, 4)
+        if self._belongs(f"{k} {label}") != split:
+            return None
         prompt = rng.choice(("Name {k} {label}.", "Give me {k} {label}.", "List {k} {label}, please."))
         return Task("list", prompt.format(k=NUMBERS[k], label=label), split, dict(kind=LIST_KINDS[label], label=label, n=k))
 
@@ -421,7 +427,7 @@ class World:
         if task.kind == "story":
             return self.story(rng, a["who"], *a["words"], body=2)
         if task.kind == "reading":
-            return f"{a['who']} has the {a['thing']}."
+            return f"The {a['thing']} belongs to {a['who']}."
         if task.kind == "list":
             items = rng.sample(self.names[a["kind"]], a["n"])
             return f"{sentence(NUMBERS[a['n']])} {a['label']} are {', '.join(items[:-1])} and {items[-1]}."

@@ -95,7 +95,7 @@ class Probes:
         for _ in range(n):
             pairs, text = world.owners(rng, 3)
             p, t = rng.choice(pairs)
-            self.readings.append((f"{text}\nQuestion: Who has the {t}?\nAnswer:", f"{p} has the {t}."))
+            self.readings.append((f"{text}\nQuestion: Who has the {t}?\nAnswer:", f"The {t} belongs to {p}."))
 
     def __call__(self, model: Llama) -> dict[str, float]:
         newline = self.tokenizer.encode("\n")[-1:]

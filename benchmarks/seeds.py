@@ -1,0 +1,44 @@
+"""The demo at a scale for several seeds, and the table that it is accepted by.
+
+    python benchmarks/seeds.py [--scale laptop] [--seeds 0 1 2] [--out runs/seeds]
+
+A seed changes the world, its splits, the weights and the order of the data. Finished runs are read, not repeated.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--scale", default="laptop")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--out", default="runs/seeds")
+    a = p.parse_args()
+    rows, ok = [], True
+    for seed in a.seeds:
+        run = Path(a.out) / f"{a.scale}-{seed}"
+        subprocess.run([sys.executable, "-m", "minillama", "demo", "--scale", a.scale, "--seed", str(seed), "--out", str(run)], check=True)
+        e, c = json.loads((run / "eval.json").read_text()), json.loads((run / "clean.json").read_text())
+        seconds = sum(json.loads(line)["seconds"] for line in (run / "times.jsonl").read_text().splitlines())
+        for t in ("0.0", "1.0"):
+            s, b = e["sft"][t], e["base"][t]
+            rows.append((seed, "greedy" if t == "0.0" else "T = 1", s["parses"]["mean"], s["on_topic"]["mean"], s["fact_recall"]["mean"], s["fact_recall"]["n"],
+                         b["helpfulness"], s["helpfulness"], c["contamination"] + c["contamination_sft"], seconds))  # fmt: skip
+        s, b = e["sft"]["0.0"], e["base"]["0.0"]
+        ok &= s["parses"]["mean"] >= 0.95 and s["on_topic"]["mean"] >= 0.9 and s["fact_recall"]["mean"] >= 0.8
+        ok &= s["helpfulness"]["low"] > b["helpfulness"]["high"] and c["contamination"] + c["contamination_sft"] == 0
+    print("| seed | decoding | parses | on topic | fact recall (n) | base helpfulness | SFT helpfulness | asked held-out pairs | seconds |\n" + "|---" * 9 + "|")
+    for seed, how, parses, topic, facts, n, b, s, leak, seconds in rows:
+        span = lambda r: f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"  # noqa: E731
+        print(f"| {seed} | {how} | {parses:.3f} | {topic:.3f} | {facts:.3f} ({n}) | {span(b)} | {span(s)} | {leak} | {seconds:.0f} |")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\nlargest process: {peak:.2f} GiB; greedy acceptance (parses >= 0.95, on topic >= 0.90, facts >= 0.80, intervals apart, 0 asked): {'holds' if ok else 'FAILS'}")
+    raise SystemExit(0 if ok else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Training step (forward, backward, AdamW) against transformers' LlamaForCausalLM: eager and compiled, interleaved, medians of five.
+
+    python benchmarks/train_speed.py [--preset laptop] [--batch 16] [--seq 192] [--threads 2]
+"""
+import argparse
+import tempfile
+import time
+from statistics import median
+
+import torch
+import transformers
+
+from minillama import checkpoint
+from minillama.config import LlamaConfig
+from minillama.model import Llama, next_token_loss
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--preset", default="laptop")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--seq", type=int, default=192)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--steps", type=int, default=4, help="steps in one timing")
+    p.add_argument("--profile", action="store_true", help="print where an eager step spends its time")
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    config = LlamaConfig.preset(a.preset)
+    x = torch.randint(0, config.vocab_size, (a.batch, a.seq + 1), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
+
+    def ours(compiled: bool):
+        model = Llama(config).init_weights()
+        if compiled:
+            for block in model.layers:
+                block.compile()
+        return step_of(model, lambda: next_token_loss(model, batch)[0] / batch["targets"].numel())
+
+    def theirs(compiled: bool):
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save_hf(Llama(config).init_weights(), None, folder + "/hf")
+            model = transformers.LlamaForCausalLM.from_pretrained(folder + "/hf", attn_implementation="sdpa").train()
+        if compiled:
+            for block in model.model.layers:
+                block.compile()
+
+        def loss():
+            logits = model(batch["tokens"], use_cache=False).logits
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+
+        return step_of(model, loss)
+
+    def step_of(model, loss):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step():
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    runs = {"minillama eager": ours(False), "transformers eager": theirs(False), "minillama compiled": ours(True), "transformers compiled": theirs(True)}
+    for step in runs.values():  # compile and warm up
+        step(), step()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(5):
+        for name, step in runs.items():
+            began = time.perf_counter()
+            for _ in range(a.steps):
+                step()
+            times[name].append((time.perf_counter() - began) / a.steps)
+    t = {name: median(v) for name, v in times.items()}
+    print(f"{a.preset}: {config.n_params():,} parameters, batch {a.batch} x {a.seq}, {a.threads} threads")
+    for name, seconds in t.items():
+        print(f"{name:<22} {seconds * 1e3:8.1f} ms a step  {a.batch * a.seq / seconds:10,.0f} tokens/s")
+    print(f"eager against eager       {t['transformers eager'] / t['minillama eager']:.2f}x")
+    print(f"compiled against compiled {t['transformers compiled'] / t['minillama compiled']:.2f}x")
+    print(f"compiled against eager    {t['minillama eager'] / t['minillama compiled']:.2f}x")
+    if a.profile:
+        from torch.profiler import profile
+
+        with profile() as prof:
+            runs["minillama eager"]()
+        print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The command line: exit status, one-line errors, and what needs no torch."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillama.cli import VERBS
+
+
+def run(*args, **kwargs):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "minillama", *args], capture_output=True, text=True, env=env, **kwargs)
+
+
+def test_info_is_exact_and_needs_no_torch():
+    """Guards against an import of torch on the way to `info`."""
+    out = run("info", "llama2-70b", "--json")
+    assert out.returncode == 0 and json.loads(out.stdout)["n_params"] == 68_976_648_192
+    code = "import sys; from minillama.cli import main; main(['info','llama2-7b']); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS])
+def test_help_exits_0(verb):
+    """Guards against a verb whose help cannot be built."""
+    out = run(verb, "--help")
+    assert out.returncode == 0 and verb in out.stdout
+
+
+def make(path: Path, name: str, data: bytes) -> str:
+    (path / name).write_bytes(data)
+    return str(path / name)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["verb", "key", "value", "preset", "scale", "missing_tokenizer", "missing_text", "empty", "utf8", "no_run", "foreign_model", "yaml_key", "config_value"],
+)
+def test_wrong_requests_get_one_line_and_status_2(case, tmp_path):
+    """Guards against tracebacks: every wrong request ends in one line that names the value."""
+    from minillama.tokenizer import Tokenizer
+
+    if case in ("empty", "utf8", "missing_text"):
+        tok = str(Tokenizer.train(["some words to learn from"] * 5, 300, tmp_path / "t.model").path)
+    args, word = {
+        "verb": lambda: (["prtrain"], "prtrain"),
+        "key": lambda: (["pretrain", "--train.lrr", "1"], "lrr"),
+        "value": lambda: (["pretrain", "--train.steps", "many"], "many"),
+        "preset": lambda: (["info", "llama3"], "llama3"),
+        "scale": lambda: (["demo", "--scale", "huge", "--out", str(tmp_path / "r")], "huge"),
+        "missing_tokenizer": lambda: (["pretrain", "--tokenizer", str(tmp_path / "no.model")], "no.model"),
+        "missing_text": lambda: (["pretrain", "--tokenizer", tok, "--data", str(tmp_path / "no.txt"), "--out", str(tmp_path / "o")], "no.txt"),
+        "empty": lambda: (["pretrain", "--tokenizer", tok, "--data", make(tmp_path, "e.txt", b""), "--out", str(tmp_path / "o")], "e.txt"),
+        "utf8": lambda: (["pretrain", "--tokenizer", tok, "--data", make(tmp_path, "b.txt", b"good\n\nbad \xff\xfe"), "--out", str(tmp_path / "o")], "b.txt"),
+        "no_run": lambda: (["report", "--run", str(tmp_path / "none")], "none"),
+        "foreign_model": lambda: (["generate", "--model", str(tmp_path), "--prompt", "x"], str(tmp_path)),
+        "yaml_key": lambda: (["sft", "--config", make(tmp_path, "c.yaml", b"epoch: 3\n")], "epoch"),
+        "config_value": lambda: (["pretrain", "--train.lr", "-1"], "-1"),
+    }[case]()
+    out = run(*args)
+    assert out.returncode == 2, out.stderr
+    lines = out.stderr.strip().splitlines()
+    assert len(lines) == 1 and word in lines[0] and "Traceback" not in out.stderr, out.stderr
+
+
+def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
+    """Guards against a corrupt tokenizer or checkpoint when writing fails: the file size limit stands in for the disk."""
+    import resource
+
+    from minillama.tokenizer import Tokenizer
+
+    text = make(tmp_path, "t.txt", "\n\n".join(f"Line {i} of a book about {i * 3} boats." for i in range(80)).encode())
+    tok = str(Tokenizer.train([Path(text).read_text()], 320, tmp_path / "t.model").path)
+    args = ["pretrain", "--data", text, "--tokenizer", tok, "--preset", "ci", "--out", str(tmp_path / "o"), "--train.batch_size", "2", "--train.seq_len", "32",
+            "--workers", "1", "--train.device", "cpu"]  # fmt: skip
+    assert run(*args, "--train.steps", "2").returncode == 0
+    from minillama.checkpoint import load, load_state
+
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
+    out = run(*args, "--train.steps", "4", "--resume", "true", preexec_fn=limit)
+    assert out.returncode == 1 and len(out.stderr.strip().splitlines()) == 1, out.stderr
+    assert load_state(tmp_path / "o" / "checkpoint")[0] == 2
+    load(tmp_path / "o")

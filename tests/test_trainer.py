@@ -1,0 +1,210 @@
+"""The training loop: the gradient, the schedule, and what a killed run leaves."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama import checkpoint, pretrain, sft
+from minillama.config import LlamaConfig, PretrainConfig, SFTConfig, TrainConfig
+from minillama.data.pack import Batches, Shards, write_shards
+from minillama.model import Llama, next_token_loss
+from minillama.tokenizer import Tokenizer
+from minillama.trainer import accumulate, learning_rate, make_optimizer, train
+
+CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=340, multiple_of=8, max_seq_len=64)
+TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. " * (1 + i % 4) for i in range(120)]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.train(TEXTS, 340, tmp_path_factory.mktemp("tok") / "t.model")
+
+
+@pytest.fixture(scope="module")
+def shards(tokenizer, tmp_path_factory):
+    return Shards(write_shards(TEXTS, tokenizer.path, tmp_path_factory.mktemp("d") / "data", workers=1))
+
+
+def gradient(batches, dtype=torch.float64):
+    model = Llama(CONFIG).init_weights(1).to(dtype)
+    loss, n = accumulate(model, batches, next_token_loss, CPU)
+    return loss, n, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batch(shards):
+    """Guards against a mean of means: rows with few valid tokens would weigh too much as soon as micro-batches are ragged."""
+    make = lambda m: Batches(shards, 8, 40, seed=2, micro_batch=m)(3)  # noqa: E731
+    loss, n, grad = gradient(make(8), torch.float32)
+    assert len({int((b["targets"] != -100).sum()) for b in make(1)}) > 1  # ragged, or the test shows nothing
+    for m in (1, 2, 3):
+        loss_m, n_m, grad_m = gradient(make(m), torch.float32)
+        assert n_m == n and loss_m == pytest.approx(loss, abs=1e-6)
+        torch.testing.assert_close(grad_m, grad, rtol=0, atol=1e-6)
+    assert grad.abs().max() > 1e-3
+
+
+def test_the_gradient_is_that_of_the_mean_loss_per_token(shards):
+    """Guards against a wrong divisor: compared with torch's own mean cross-entropy over the valid tokens."""
+    batches = Batches(shards, 4, 40, seed=2)(0)
+    _, _, grad = gradient(batches)
+    model = Llama(CONFIG).init_weights(1).double()
+    b = batches[0]
+    from minillama.model import document_mask
+
+    logits = model(b["tokens"], mask=document_mask(b["doc_ids"]))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), b["targets"].flatten()).backward()
+    torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-9, atol=1e-12)
+
+
+def test_packed_documents_do_not_see_each_other(shards, tokenizer):
+    """Guards against a mask that lets one document condition on its neighbour: the packed loss equals that of documents one by one."""
+    model = Llama(CONFIG).init_weights(1).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(shards)):
+        ids = torch.from_numpy(shards.document(i)[0])[None]
+        total += next_token_loss(model, {"tokens": ids[:, :-1], "targets": ids[:, 1:]})[0].detach()
+    batches = Batches(shards, 1, 63)
+    packed = sum(next_token_loss(model, b)[0].detach() for s in range(batches.n_rows) for b in batches(s))
+    assert float(packed) == pytest.approx(float(total), rel=1e-6)  # the loss is summed in fp32
+
+
+def test_the_schedule():
+    """Guards against a warm-up off by one and a cosine that misses its end."""
+    c = TrainConfig(steps=101, warmup_steps=10, lr=2.0, min_lr_ratio=0.1)
+    assert learning_rate(0, c) == pytest.approx(0.2) and learning_rate(9, c) == pytest.approx(2.0) and learning_rate(10, c) == pytest.approx(2.0)
+    assert learning_rate(100, c) == pytest.approx(0.2) and learning_rate(55, c) == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi / 2)))
+
+
+def test_weight_decay_spares_norms():
+    """Guards against decaying gains, and checks the paper's betas and epsilon."""
+    groups = make_optimizer(Llama(CONFIG), TrainConfig()).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and groups[0]["betas"] == (0.9, 0.95) and groups[0]["eps"] == 1e-5
+    assert all(p.dim() == 1 for p in groups[1]["params"]) and sum(len(g["params"]) for g in groups) == len(list(Llama(CONFIG).parameters()))
+
+
+def weights(path: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint.load_state(path / "checkpoint")[1] / "model.safetensors")
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def train_config(**more) -> TrainConfig:
+    return TrainConfig(**{**dict(steps=14, batch_size=4, seq_len=48, lr=1e-2, warmup_steps=2, save_every=3, log_every=1, device="cpu"), **more})
+
+
+@pytest.fixture(scope="module")
+def stages(tokenizer, tmp_path_factory):
+    """An uninterrupted pretraining and SFT, and the command lines' inputs to repeat them."""
+    root = tmp_path_factory.mktemp("stages")
+    (root / "text.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    rows = [{"messages": [{"role": "user", "content": f"Tell line {i}"}, {"role": "assistant", "content": TEXTS[i][:30]}]} for i in range(60)]
+    (root / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    model = {"dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "multiple_of": 8, "max_seq_len": 64}
+    pre = PretrainConfig(data=str(root / "text.txt"), tokenizer=str(tokenizer.path), out=str(root / "pre"), preset="ci", model=model, workers=1, train=train_config())
+    pretrain.run(pre)
+    tune = SFTConfig(data=str(root / "chat.jsonl"), init=str(root / "pre"), out=str(root / "sft"), workers=1, epochs=6, train=train_config())
+    sft.run(tune)
+    return root, pre, tune
+
+
+COMMON = ["--workers", "1", "--train.batch_size", "4", "--train.seq_len", "48", "--train.lr", "0.01", "--train.warmup_steps", "2",
+          "--train.save_every", "3", "--train.log_every", "1", "--train.device", "cpu"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("kill_after", [1, 5])
+def test_kill_9_and_resume_gives_the_uninterrupted_weights(stages, stage, kill_after, tmp_path):
+    """Guards against a lost optimizer state, a shifted data position, or a half-written checkpoint: bit for bit."""
+    root, pre, tune = stages
+    out = tmp_path / "out"
+    if stage == "pretrain":
+        args = ["pretrain", "--data", pre.data, "--tokenizer", pre.tokenizer, "--preset", "ci", "--model", json.dumps(pre.model), "--train.steps", "14"]
+    else:
+        args = ["sft", "--data", tune.data, "--init", tune.init, "--epochs", "6"]
+    command = [sys.executable, "-m", "minillama", *args, "--out", str(out), *COMMON]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= kill_after:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    done = subprocess.run([*command, "--resume", "true"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    reference = root / ("pre" if stage == "pretrain" else "sft")
+    assert equal(weights(out), weights(reference))
+    steps = [r["step"] for r in map(json.loads, metrics.read_text().splitlines()) if "loss" in r]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_sigterm_saves_and_exits(stages, tmp_path):
+    """Guards against losing the steps since the last checkpoint on preemption: exit status 143, resumable."""
+    _, pre, _ = stages
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "minillama", "pretrain", "--data", pre.data, "--tokenizer", pre.tokenizer, "--preset", "ci", "--out", str(out),
+               *COMMON, "--train.steps", "100000", "--train.save_every", "0"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 143 and "saved" in err and len(err.strip().splitlines()) == 1
+    step = checkpoint.load_state(out / "checkpoint")[0]
+    assert step >= 3 and json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
+
+
+def test_a_finished_folder_is_not_overwritten(stages, tokenizer):
+    """Guards against a second run that destroys the first."""
+    _, pre, _ = stages
+    before = weights(Path(pre.out))
+    with pytest.raises(ValueError, match="--resume"):
+        pretrain.run(pre)
+    assert equal(before, weights(Path(pre.out)))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(shards, tokenizer, tmp_path, monkeypatch):
+    """Guards against replacing a good checkpoint by a broken one."""
+    batches = Batches(shards, 4, 48)
+    real = checkpoint.save_state
+    calls = []
+
+    def full(folder, step, *a, **k):
+        calls.append(step)
+        if step > 4:
+            raise OSError(28, "No space left on device")
+        return real(folder, step, *a, **k)
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    with pytest.raises(OSError):
+        train(Llama(CONFIG).init_weights(), batches, next_token_loss, train_config(save_every=4), tmp_path, tokenizer)
+    assert calls == [4, 8] and checkpoint.load_state(tmp_path / "checkpoint")[0] == 4
+
+
+def test_bad_requests(shards, tmp_path):
+    """Guards against bf16 on a CPU (a thousand times slower) and against divergence that goes on silently."""
+    with pytest.raises(ValueError, match="bf16"):
+        train(Llama(CONFIG).init_weights(), Batches(shards, 4, 48), next_token_loss, train_config(bf16=True), tmp_path)
+    model = Llama(CONFIG).init_weights()
+    with torch.no_grad():
+        model.output.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(model, Batches(shards, 4, 48), next_token_loss, train_config(), tmp_path)
+    masked = [{"tokens": torch.zeros(1, 4, dtype=torch.long), "targets": torch.full((1, 4), -100)}]
+    with pytest.raises(ValueError, match="no token"):
+        accumulate(Llama(CONFIG).init_weights(), masked, next_token_loss, CPU)
