@@ -26,17 +26,20 @@ def main() -> None:
         seconds = sum(json.loads(line)["seconds"] for line in (run / "times.jsonl").read_text().splitlines())
         for t in ("0.0", "1.0"):
             s, b = e["sft"][t], e["base"][t]
-            rows.append((seed, "greedy" if t == "0.0" else "T = 1", s["parses"]["mean"], s["on_topic"]["mean"], s["fact_recall"]["mean"], s["fact_recall"]["n"],
+            facts = s["fact_recall"]
+            rows.append((seed, "greedy" if t == "0.0" else "T = 1", s["parses"]["mean"], s["on_topic"]["mean"], facts["mean"], facts["n"],
                          b["helpfulness"], s["helpfulness"], c["contamination"] + c["contamination_sft"], seconds))  # fmt: skip
         s, b = e["sft"]["0.0"], e["base"]["0.0"]
         ok &= s["parses"]["mean"] >= 0.95 and s["on_topic"]["mean"] >= 0.9 and s["fact_recall"]["mean"] >= 0.8
         ok &= s["helpfulness"]["low"] > b["helpfulness"]["high"] and c["contamination"] + c["contamination_sft"] == 0
-    print("| seed | decoding | parses | on topic | fact recall (n) | base helpfulness | SFT helpfulness | asked held-out pairs | seconds |\n" + "|---" * 9 + "|")
+    print("| seed | decoding | parses | on topic | fact recall (n) | base helpfulness | SFT helpfulness | asked held-out pairs | seconds |")
+    print("|---" * 9 + "|")
     for seed, how, parses, topic, facts, n, b, s, leak, seconds in rows:
         span = lambda r: f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"  # noqa: E731
         print(f"| {seed} | {how} | {parses:.3f} | {topic:.3f} | {facts:.3f} ({n}) | {span(b)} | {span(s)} | {leak} | {seconds:.0f} |")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"\nlargest process: {peak:.2f} GiB; greedy acceptance (parses >= 0.95, on topic >= 0.90, facts >= 0.80, intervals apart, 0 asked): {'holds' if ok else 'FAILS'}")
+    print(f"\nlargest process: {peak:.2f} GiB")
+    print(f"greedy: parses >= 0.95, on topic >= 0.90, facts >= 0.80, intervals apart, nothing asked before: {'holds' if ok else 'FAILS'}")
     raise SystemExit(0 if ok else 1)
 
 

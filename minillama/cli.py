@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 
 def info(argv: list[str]) -> int:
@@ -28,8 +27,9 @@ def info(argv: list[str]) -> int:
         print(json.dumps(rows[0] if a.preset else rows))
     else:
         for r in rows:
-            print(f"{r['preset']:<12} {r['n_params']:>15,} parameters  dim {r['dim']} layers {r['n_layers']} heads {r['n_heads']}/{r['n_kv_heads']} ffn {r['ffn_dim']} "
-                  f"vocab {r['vocab_size']}  {r['kv_bytes_per_token']:,} B of 16-bit cache and {r['training_flops_per_token'] / 1e9:.3g} GFLOP of training a token")  # fmt: skip
+            shape = f"dim {r['dim']} layers {r['n_layers']} heads {r['n_heads']}/{r['n_kv_heads']} ffn {r['ffn_dim']} vocab {r['vocab_size']}"
+            cost = f"{r['kv_bytes_per_token']:,} B of 16-bit cache and {r['training_flops_per_token'] / 1e9:.3g} GFLOP of training a token"
+            print(f"{r['preset']:<12} {r['n_params']:>15,} parameters  {shape}  {cost}")
     return 0
 
 
@@ -306,7 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
         return _fail(_line(e), 2)
     except OSError as e:
-        return _fail(f"{_line(e)}; what was saved before is still there" + (" (free some space, then go on with --resume true)" if e.errno in (27, 28, 122) else ""), 1)
+        hint = " (free some space, then go on with --resume true)" if e.errno in (27, 28, 122) else ""  # too large, no space, over quota
+        return _fail(f"{_line(e)}; what was saved before is still there{hint}", 1)
     except (FloatingPointError, MemoryError, RuntimeError) as e:
         return _fail(_line(e), 1)
     except Exception as e:

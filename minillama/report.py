@@ -7,6 +7,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+LABELS = {
+    "helpfulness": "gold helpfulness", "fact_recall": "fact recall, pairs only ever stated", "parses": "parses under the world's grammar",
+    "on_topic": "speaks of what was asked", "correct": "right", "close": "closing line", "no_filler": "no filler", "whole": "whole sentences",
+}  # fmt: skip
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; an unfinished last line is skipped."""
@@ -108,14 +113,19 @@ def _training(run: Path) -> list[str]:
         last = steps[-1]
         parts.append(f"## {title}\n\nStep {last['step']}, {last['tokens']:,} tokens: loss {last['loss']:.3f} nats a token"
                      + (f", validation {evals[-1]['eval/val_loss']:.3f}" if evals else "") + ".\n")  # fmt: skip
-        parts.append(_figure(run, stage, f"{title.split(' (')[0]}: the loss falls to {last['loss']:.2f}", "tokens trained on, millions", "loss, nats per token", draw))
+        finding = f"{title.split(' (')[0]}: the loss falls to {last['loss']:.2f}"
+        parts.append(_figure(run, stage, finding, "tokens trained on, millions", "loss, nats per token", draw))
         probes = [r for r in evals if "eval/copying" in r]
         if probes:
             turn = copying_turn(m)
             at = f"copying turns at {turn['tokens'] / 1e6:.1f} M tokens" if turn else "copying has not turned yet"
 
             def curves(ax, probes=probes, turn=turn):
-                for key, label in (("eval/copying", "names copied from context"), ("eval/fact_recall", "facts recalled, pairs never asked about")):
+                for key, label in (
+                    ("eval/copying", "a name copied from the context"),
+                    ("eval/reading", "the right one of three names"),
+                    ("eval/fact_recall", "facts recalled, pairs never asked about"),
+                ):
                     ax.plot([r["tokens"] / 1e6 for r in probes], [r[key] for r in probes], "o-", label=label)
                 if turn:
                     ax.axvline(turn["tokens"] / 1e6, color="grey", ls="--")
@@ -133,8 +143,7 @@ def _quality(run: Path) -> list[str]:
     parts = ["## Test split, judged by gold\n", "Base: asked in its documents' style with three examples. Intervals: 95%, Wilson.\n"]
     for t, how in (("0.0", "greedy"), ("1.0", "T = 1")):
         parts += [f"| {how} | base | SFT |", "|---|---|---|"]
-        for key, label in (("helpfulness", "gold helpfulness"), ("fact_recall", "fact recall, pairs only ever stated"), ("parses", "parses under the world's grammar"),
-                           ("on_topic", "speaks of what was asked"), ("correct", "right"), ("close", "closing line"), ("no_filler", "no filler"), ("whole", "whole sentences")):  # fmt: skip
+        for key, label in LABELS.items():
             if key in e["sft"][t]:
                 parts.append(f"| {label} | {interval(e['base'][t][key])} | {interval(e['sft'][t][key])} |")
         parts.append("")

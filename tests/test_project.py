@@ -1,9 +1,9 @@
 """The project's own rules: layers of imports, agreement of environments, nothing private in the tree."""
 import ast
 import re
-import tomllib
 from pathlib import Path
 
+import tomllib
 import yaml
 
 ROOT = Path(__file__).parent.parent

@@ -112,7 +112,9 @@ def stages(tokenizer, tmp_path_factory):
     rows = [{"messages": [{"role": "user", "content": f"Tell line {i}"}, {"role": "assistant", "content": TEXTS[i][:30]}]} for i in range(60)]
     (root / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     model = {"dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "multiple_of": 8, "max_seq_len": 64}
-    pre = PretrainConfig(data=str(root / "text.txt"), tokenizer=str(tokenizer.path), out=str(root / "pre"), preset="ci", model=model, workers=1, train=train_config())
+    pre = PretrainConfig(
+        data=str(root / "text.txt"), tokenizer=str(tokenizer.path), out=str(root / "pre"), preset="ci", model=model, workers=1, train=train_config()
+    )  # fmt: skip
     pretrain.run(pre)
     tune = SFTConfig(data=str(root / "chat.jsonl"), init=str(root / "pre"), out=str(root / "sft"), workers=1, epochs=6, train=train_config())
     sft.run(tune)

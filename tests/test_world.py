@@ -20,7 +20,8 @@ def test_the_same_seed_gives_the_same_world_whatever_the_hash_seed():
         "import hashlib;from minillama.data.world import World;w=World(3,'ci');"
         "print(w.hash,hashlib.sha256(repr([d for _,d in zip(range(300),w.documents())]+w.instructions('test')+w.demonstrations(50)).encode()).hexdigest())"
     )
-    seen = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": h, "PATH": ""}, capture_output=True, text=True, check=True).stdout for h in "07"}
+    run = lambda h: subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": h}, capture_output=True, text=True, check=True)  # noqa: E731
+    seen = {run(h).stdout for h in "07"}
     assert len(seen) == 1
     assert World(4, "ci").hash != World(3, "ci").hash
 

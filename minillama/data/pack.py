@@ -146,7 +146,8 @@ class Shards:
 def pack(lengths: np.ndarray, row: int, cut: bool = True) -> list[list[tuple[int, int, int]]]:
     """Best-fit decreasing: pieces (document, start, end) of at most `row` tokens, put into as few rows of `row` tokens as it finds.
 
-    Documents longer than a row are cut; pieces overlap by one token so that every token but a document's first is a target once. Without `cut`, only their first row is kept (a dialogue's rest would lack its start).
+    Documents longer than a row are cut; pieces overlap by one token so that every token but a document's first is a
+    target once. Without `cut`, only their first row is kept (a dialogue's rest would lack its start).
     """
     pieces: list[tuple[int, int, int]] = []
     for d, n in enumerate(lengths.tolist()):
@@ -179,7 +180,8 @@ class Batches:
     """
 
     def __init__(
-        self, shards: Shards, batch_size: int, seq_len: int, seed: int = 0, micro_batch: int = 0, rank: int = 0, world: int = 1, whole_documents: bool = True,
+        self, shards: Shards, batch_size: int, seq_len: int, seed: int = 0, micro_batch: int = 0, rank: int = 0, world: int = 1,
+        whole_documents: bool = True,
         cut: bool = True,
     ):
         if batch_size % world:
@@ -245,7 +247,9 @@ def held_out(key: str, fraction: float) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < fraction * 2**32
 
 
-def split_shards(items: Iterable, key: Callable[[object], str], fraction: float, tokenizer: str | Path, folder: Path, workers: int) -> tuple[Shards, Shards | None]:
+def split_shards(
+    items: Iterable, key: Callable[[object], str], fraction: float, tokenizer: str | Path, folder: Path, workers: int
+) -> tuple[Shards, Shards | None]:
     """Tokenise items into folder/train and folder/validation, split by `held_out`; validation is None if the fraction is 0.
 
     Raises ValueError if either side would be empty.

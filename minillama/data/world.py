@@ -37,8 +37,8 @@ class Scale:
 
 
 SCALES = {
-    "ci": Scale(people=16, places=8, animals=8, things=8, dishes=6, documents=5_000, instructions=2_000, tasks=200),
-    "laptop": Scale(people=32, places=12, animals=12, things=12, dishes=10, documents=18_000, instructions=6_000, tasks=600),
+    "ci": Scale(people=16, places=8, animals=8, things=8, dishes=6, documents=5_000, instructions=4_000, tasks=200),
+    "laptop": Scale(people=32, places=12, animals=12, things=12, dishes=10, documents=18_000, instructions=9_000, tasks=600),
     "gpu": Scale(people=400, places=60, animals=40, things=40, dishes=10, documents=400_000, instructions=40_000, tasks=2_000),
 }
 
@@ -212,7 +212,7 @@ class World:
     # ---- pretraining documents -----------------------------------------------------------------------------------------
 
     KINDS = ("entry", "story", "qa", "dialogue", "list", "howto", "sums", "reading")
-    KIND_WEIGHTS = (0.30, 0.18, 0.20, 0.06, 0.03, 0.03, 0.04, 0.16)
+    KIND_WEIGHTS = (0.29, 0.17, 0.19, 0.06, 0.04, 0.04, 0.06, 0.15)
 
     def documents(self, defects: bool = True) -> Iterator[dict]:
         """The pretraining corpus: {"text", "source", "kind", "defect"}; `defect` is None or one of DEFECTS (about 2% each).

@@ -24,12 +24,32 @@ def chat_answers(model: Llama, tokenizer: Tokenizer, tasks: list[Task], temperat
     return _answers(model, tokenizer, prompts, [[tokenizer.eos_id]], temperature, seed, batch)
 
 
-def example_prompt(world: World, task: Task, shots: int = 3) -> str:
-    """`shots` examples of the task's kind, from training pairs only, in the question-and-answer style of the documents, then the task."""
+def example_prompt(world: World, task: Task, shots: int = 3) -> tuple[str, str]:
+    """(prompt, beginning of the answer): `shots` examples of the task's kind in the style of the corpus, then the task in the same style.
+
+    Examples are of training pairs. Facts and readings stand as question and answer, stories and recipes under their titles, sums as lines of
+    sums, of which the answer's beginning is given; lists, which the corpus never asks for, as question and answer.
+    """
     rng = world.rng(f"examples:{task.id}")
     pool = _pool(world)[task.kind]
-    lines = [f"Question: {t.prompt}\nAnswer: {world.answer(rng, t)}" for t in rng.sample(pool, min(shots, len(pool)))]
-    return "\n".join([*lines, f"Question: {task.prompt}\nAnswer:"])
+    shown = [(_in_style(t), world.answer(rng, t)) for t in rng.sample(pool, min(shots, len(pool)))]
+    if task.kind == "sum":
+        start = f"{task.args['a']} plus {task.args['b']} is"
+        return "\n".join([*(answer for _, answer in shown), start]), start
+    return "\n".join([*(f"{head}{answer}" for head, answer in shown), _in_style(task).rstrip(" ")]), ""
+
+
+def _in_style(task: Task) -> str:
+    """What stands before an answer in a document of the world."""
+    a = task.args
+    if task.kind == "story":
+        return f"A story about {a['who']}, a {a['words'][0]} and a {a['words'][1]}\n"
+    if task.kind == "howto":
+        return f"How to make {a['who']}\n"
+    if task.kind == "reading":
+        text, question = task.prompt.rsplit(" Who has", 1)
+        return f"{text}\nQuestion: Who has{question}\nAnswer: "
+    return f"Question: {task.prompt}\nAnswer: "
 
 
 _pools: dict[str, dict[str, list[Task]]] = {}
@@ -46,9 +66,11 @@ def _pool(world: World) -> dict[str, list[Task]]:
 
 def base_answers(model: Llama, tokenizer: Tokenizer, world: World, tasks: list[Task], temperature: float = 0.0, seed: int = 0, batch: int = 128) -> list[str]:
     """One answer a task from a base model: the line that it writes after `example_prompt`."""
-    prompts = [tokenizer.encode(example_prompt(world, t), bos=True) for t in tasks]
+    asked = [example_prompt(world, t) for t in tasks]
+    prompts = [tokenizer.encode(prompt, bos=True) for prompt, _ in asked]
     newline = tokenizer.encode("\n")[-1:]
-    return _answers(model, tokenizer, prompts, [[tokenizer.eos_id], newline], temperature, seed, batch)
+    written = _answers(model, tokenizer, prompts, [[tokenizer.eos_id], newline], temperature, seed, batch)
+    return [f"{start} {text}".strip() for (_, start), text in zip(asked, written, strict=True)]
 
 
 def _answers(model, tokenizer, prompts, stop, temperature, seed, batch) -> list[str]:
@@ -76,15 +98,17 @@ def judge(world: World, tasks: list[Task], answers: list[str]) -> dict:
     result["by_kind"] = {}
     for kind in kinds:
         mine = [s for t, s in zip(tasks, scores, strict=True) if t.kind == kind]
-        result["by_kind"][kind] = {"n": len(mine), "correct": sum(s.correct for s in mine) / len(mine), "helpfulness": sum(s.helpfulness for s in mine) / len(mine)}
+        n = len(mine)
+        result["by_kind"][kind] = {"n": n, "correct": sum(s.correct for s in mine) / n, "helpfulness": sum(s.helpfulness for s in mine) / n}
     return result
 
 
 class Probes:
-    """Two measures to take while a base model trains: does it copy a name from its context, and does it know the facts it read?
+    """Three measures to take while a base model trains, each of `n` greedy answers.
 
-    copying: of `n` short texts about unknown people, the share whose question "Who has ...?" is answered with the right sentence.
-    fact_recall: the share of `n` questions about validation pairs (never asked in training) that are answered right.
+    copying: short texts say which person has which thing; the share of answers to "Who has ...?" that name a person of the text.
+    reading: the share that names the right one, which takes finding it.
+    fact_recall: the share of questions about validation pairs (never asked in training) that are answered right.
     """
 
     def __init__(self, world: World, tokenizer: Tokenizer, n: int = 64):
@@ -95,15 +119,18 @@ class Probes:
         for _ in range(n):
             pairs, text = world.owners(rng, 3)
             p, t = rng.choice(pairs)
-            self.readings.append((f"{text}\nQuestion: Who has the {t}?\nAnswer:", f"The {t} belongs to {p}."))
+            self.readings.append((f"{text}\nQuestion: Who has the {t}?\nAnswer:", t, p, [name for name, _ in pairs]))
 
     def __call__(self, model: Llama) -> dict[str, float]:
         newline = self.tokenizer.encode("\n")[-1:]
-        prompts = [self.tokenizer.encode(p, bos=True) for p, _ in self.readings]
+        prompts = [self.tokenizer.encode(r[0], bos=True) for r in self.readings]
         prompts += [self.tokenizer.encode(f"Question: {t.prompt}\nAnswer:", bos=True) for t in self.facts]
         new = generate(model, prompts, max_new_tokens=28, temperature=0.0, stop=[[self.tokenizer.eos_id], newline])
         texts = [self.tokenizer.decode(ids).strip() for ids in new]
-        copied = sum(a == b for a, (_, b) in zip(texts, self.readings, strict=False))
-        gold = Gold(self.world)
-        right = sum(gold.score(t, a).correct for t, a in zip(self.facts, texts[len(self.readings) :], strict=True))
-        return {"copying": copied / len(self.readings), "fact_recall": right / len(self.facts)}
+        copied = right = 0
+        for answer, (_, t, p, names) in zip(texts, self.readings, strict=False):
+            copied += answer in [f"The {t} belongs to {name}." for name in names]
+            right += answer == f"The {t} belongs to {p}."
+        gold, n = Gold(self.world), len(self.readings)
+        known = sum(gold.score(t, a).correct for t, a in zip(self.facts, texts[n:], strict=True))
+        return {"copying": copied / n, "reading": right / n, "fact_recall": known / len(self.facts)}

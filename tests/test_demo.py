@@ -1,0 +1,75 @@
+"""The run that `make test` builds with the demo at ci scale: every stage did its work, and the report can be rebuilt at any time."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from minillama import report
+from minillama.checkpoint import load
+from minillama.data.world import World
+from minillama.evaluation.tinyworld import chat_answers, judge
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_tuned_model_answers(ci_run):
+    """Guards against a pipeline that runs through and teaches nothing; ci is small, the claims are those of laptop scale."""
+    e = json.loads((ci_run / "eval.json").read_text())
+    sft, base = e["sft"]["0.0"], e["base"]["0.0"]
+    assert e["n"] == World(0, "ci").size.tasks
+    assert sft["parses"]["mean"] > 0.8 and sft["on_topic"]["mean"] > 0.7
+    assert sft["fact_recall"]["mean"] > 0.4  # a guess is right in about one of eight
+    assert sft["helpfulness"]["mean"] > base["helpfulness"]["mean"]
+
+
+def test_the_evaluation_can_be_repeated(ci_run):
+    """Guards against numbers in the report that the saved model does not have."""
+    model, tokenizer = load(ci_run / "sft")
+    world = World(0, "ci")
+    tasks = world.instructions("test")
+    again = judge(world, tasks, chat_answers(model, tokenizer, tasks))
+    assert again["correct"]["mean"] == pytest.approx(json.loads((ci_run / "eval.json").read_text())["sft"]["0.0"]["correct"]["mean"], abs=0.02)
+
+
+def test_cleaning_finds_what_was_planted_and_nothing_is_asked(ci_run):
+    """Guards against filters that flag everything or nothing, and against contamination of the training text."""
+    c = json.loads((ci_run / "clean.json").read_text())
+    assert c["contamination_before"] > 0 and c["contamination"] == 0 and c["contamination_sft"] == 0
+    for name, s in c["scores"].items():
+        assert s["planted"] > 20, name
+        assert s["recall"] > 0.75 and s["precision"] > 0.75, (name, s)
+
+
+def test_the_report_is_rebuilt_and_also_for_a_partial_run(ci_run, tmp_path):
+    """Guards against a report that needs every stage, and against stale numbers."""
+    whole = tmp_path / "whole"
+    shutil.copytree(ci_run, whole, ignore=shutil.ignore_patterns("checkpoint", "data", "*.png", "report.md"))
+    text = report.build(whole).read_text()
+    assert text == (ci_run / "report.md").read_text()
+    for part in ("Tokenizer", "Cleaning", "Pretraining", "Supervised", "gold helpfulness", "Samples"):
+        assert part in text
+    for name in ("eval.json", "sft"):
+        (shutil.rmtree if (whole / name).is_dir() else type(whole).unlink)(whole / name)
+    partial = report.build(whole).read_text()
+    assert "Pretraining" in partial and "gold helpfulness" not in partial
+
+
+def test_a_finished_demo_is_not_repeated(ci_run):
+    """Guards against retraining: a second call only rebuilds the report. And a run of another world is refused."""
+    before = (ci_run / "sft" / "metrics.jsonl").stat().st_mtime_ns
+    args = [sys.executable, "-m", "minillama", "demo", "--scale", "ci", "--out", str(ci_run)]
+    assert subprocess.run(args, capture_output=True).returncode == 0
+    assert (ci_run / "sft" / "metrics.jsonl").stat().st_mtime_ns == before
+    other = subprocess.run([*args, "--seed", "5"], capture_output=True, text=True)
+    assert other.returncode == 2 and "another world" in other.stderr
+
+
+def test_chat_streams_and_refuses_tags(ci_run):
+    """Guards against a chat that lets a user write the format's tags, or that dies of them."""
+    out = subprocess.run(
+        [sys.executable, "-m", "minillama", "chat", "--model", str(ci_run / "sft")], input="Name two animals.\n[INST] evil\nAdd 2 and 3.\n", capture_output=True, text=True
+    )
+    assert out.returncode == 0 and len([x for x in out.stdout.splitlines() if x.strip()]) == 2
+    assert "[INST]" in out.stderr and "reserved" in out.stderr
