@@ -15,7 +15,7 @@ from torch import nn
 from minillama import checkpoint
 from minillama.config import LlamaConfig, PretrainConfig
 from minillama.data import sources
-from minillama.data.pack import Batches, split_shards, validation_batches
+from minillama.data.pack import Batches, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.tokenizer import Tokenizer
@@ -45,7 +45,8 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
         model = Llama(LlamaConfig.preset(config.preset, **{"vocab_size": tokenizer.vocab_size, **config.model})).init_weights(c.seed)
     if c.seq_len > model.config.max_seq_len:
         raise ValueError(f"train.seq_len {c.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
-    shards, val = split_shards(documents(config.data) if texts is None else texts, str, config.val_fraction, config.tokenizer, out / "data", config.workers)
+    texts = documents(config.data) if texts is None else texts
+    shards, val = tokenised(texts, config.val_fraction, config.tokenizer, out / "data", config.workers, config.resume)
     batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, whole_documents=config.whole_documents)
     val_batches = validation_batches(val, batches) if val else None
     write_config(config, out)

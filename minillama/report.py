@@ -126,7 +126,7 @@ def _training(run: Path) -> list[str]:
                     ("eval/reading", "the right one of three names"),
                     ("eval/fact_recall", "facts recalled, pairs never asked about"),
                 ):
-                    ax.plot([r["tokens"] / 1e6 for r in probes], [r[key] for r in probes], "o-", label=label)
+                    ax.plot([r["tokens"] / 1e6 for r in probes], [r.get(key, float("nan")) for r in probes], "o-", label=label)
                 if turn:
                     ax.axvline(turn["tokens"] / 1e6, color="grey", ls="--")
                 ax.set_ylim(-0.03, 1.03)
@@ -140,7 +140,7 @@ def _quality(run: Path) -> list[str]:
     e = _load(run / "eval.json")
     if not e:
         return []
-    parts = ["## Test split, judged by gold\n", "Base: asked in its documents' style with three examples. Intervals: 95%, Wilson.\n"]
+    parts = ["## Test split, judged by gold\n", "Base: asked in its documents' style with two examples. Intervals: 95%, Wilson.\n"]
     for t, how in (("0.0", "greedy"), ("1.0", "T = 1")):
         parts += [f"| {how} | base | SFT |", "|---|---|---|"]
         for key, label in LABELS.items():
@@ -152,7 +152,7 @@ def _quality(run: Path) -> list[str]:
     def bars(ax):
         for k, (name, shift) in enumerate((("base", -0.2), ("sft", 0.2))):
             rows = [e[name]["0.0"]["by_kind"][kind] for kind in kinds]
-            ax.bar([i + shift for i in range(len(kinds))], [r["correct"] for r in rows], 0.4, label=("base, three examples", "SFT")[k])
+            ax.bar([i + shift for i in range(len(kinds))], [r["correct"] for r in rows], 0.4, label=("base, two examples", "SFT")[k])
         ax.set_xticks(range(len(kinds)), [f"{kind}\nn={e['sft']['0.0']['by_kind'][kind]['n']}" for kind in kinds])
         ax.set_ylim(0, 1.03)
         ax.legend()

@@ -9,7 +9,6 @@ concatenation, packed dialogues do not see each other.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 from minillama import checkpoint
 from minillama.config import SFTConfig
 from minillama.data import sources
-from minillama.data.pack import Batches, split_shards, validation_batches
+from minillama.data.pack import Batches, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.tokenizer import Tokenizer
@@ -48,7 +47,7 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     if config.train.seq_len > model.config.max_seq_len:
         raise ValueError(f"train.seq_len {config.train.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
     items = dialogues(config.data) if items is None else items
-    shards, val = split_shards(items, json.dumps, config.val_fraction, tokenizer.path, out / "data", config.workers)
+    shards, val = tokenised(items, config.val_fraction, tokenizer.path, out / "data", config.workers, config.resume)
     c = config.train
     batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, cut=False)
     c = dataclasses.replace(c, steps=max(1, round(config.epochs * batches.steps_per_epoch)))

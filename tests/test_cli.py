@@ -45,6 +45,7 @@ def test_wrong_requests_get_one_line_and_status_2(case, tmp_path):
 
     if case in ("empty", "utf8", "missing_text"):
         tok = str(Tokenizer.train(["some words to learn from"] * 5, 300, tmp_path / "t.model").path)
+    small = ["--train.seq_len", "32", "--out", str(tmp_path / "o"), "--workers", "1"]
     args, word = {
         "verb": lambda: (["prtrain"], "prtrain"),
         "key": lambda: (["pretrain", "--train.lrr", "1"], "lrr"),
@@ -52,9 +53,9 @@ def test_wrong_requests_get_one_line_and_status_2(case, tmp_path):
         "preset": lambda: (["info", "llama3"], "llama3"),
         "scale": lambda: (["demo", "--scale", "huge", "--out", str(tmp_path / "r")], "huge"),
         "missing_tokenizer": lambda: (["pretrain", "--tokenizer", str(tmp_path / "no.model")], "no.model"),
-        "missing_text": lambda: (["pretrain", "--tokenizer", tok, "--data", str(tmp_path / "no.txt"), "--out", str(tmp_path / "o")], "no.txt"),
-        "empty": lambda: (["pretrain", "--tokenizer", tok, "--data", make(tmp_path, "e.txt", b""), "--out", str(tmp_path / "o")], "e.txt"),
-        "utf8": lambda: (["pretrain", "--tokenizer", tok, "--data", make(tmp_path, "b.txt", b"good\n\nbad \xff\xfe"), "--out", str(tmp_path / "o")], "b.txt"),
+        "missing_text": lambda: (["pretrain", *small, "--tokenizer", tok, "--data", str(tmp_path / "no.txt")], "no.txt"),
+        "empty": lambda: (["pretrain", *small, "--tokenizer", tok, "--data", make(tmp_path, "e.txt", b"")], "e.txt"),
+        "utf8": lambda: (["pretrain", *small, "--tokenizer", tok, "--data", make(tmp_path, "b.txt", b"good\n\nbad \xff\xfe")], "b.txt"),
         "no_run": lambda: (["report", "--run", str(tmp_path / "none")], "none"),
         "foreign_model": lambda: (["generate", "--model", str(tmp_path), "--prompt", "x"], str(tmp_path)),
         "yaml_key": lambda: (["sft", "--config", make(tmp_path, "c.yaml", b"epoch: 3\n")], "epoch"),
@@ -73,7 +74,7 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
     from minillama.tokenizer import Tokenizer
 
     text = make(tmp_path, "t.txt", "\n\n".join(f"Line {i} of a book about {i * 3} boats." for i in range(80)).encode())
-    tok = str(Tokenizer.train([Path(text).read_text()], 320, tmp_path / "t.model").path)
+    tok = str(Tokenizer.train([Path(text).read_text()], 310, tmp_path / "t.model").path)
     args = ["pretrain", "--data", text, "--tokenizer", tok, "--preset", "ci", "--out", str(tmp_path / "o"), "--train.batch_size", "2", "--train.seq_len", "32",
             "--workers", "1", "--train.device", "cpu"]  # fmt: skip
     assert run(*args, "--train.steps", "2").returncode == 0

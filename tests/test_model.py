@@ -293,7 +293,7 @@ def test_init_weights_is_deterministic():
     assert not any(torch.allclose(a.layers[0].attention.wk.weight, w.weight) for w in (a.layers[1].attention.wk, a.layers[0].attention.wv))
     big = Llama(LlamaConfig(dim=128, n_layers=8, n_heads=2, vocab_size=300, multiple_of=64)).init_weights()
     block, narrow = big.layers[3], 128**-0.5
-    stds = [(big.tok_embeddings, 1), (block.attention.wq, narrow), (block.attention.wo, narrow / 4), (big.output, narrow),
+    stds = [(big.tok_embeddings, narrow), (block.attention.wq, narrow), (block.attention.wo, narrow / 4), (big.output, narrow),
             (block.feed_forward.w2, big.config.ffn_dim**-0.5 / 4)]  # fmt: skip
     for module, std in stds:
         w = module.weight.detach()

@@ -28,6 +28,21 @@ def test_shards_hold_the_documents_and_do_not_depend_on_workers(tokenizer, shard
     assert (other.path / "shard-00000.tokens").read_bytes() == (shards.path / "shard-00000.tokens").read_bytes()
 
 
+def test_validation_shares_no_text_with_training(tokenizer, tmp_path):
+    """Guards against copies on both sides, and against a split that changes when the data is tokenised again or in another order."""
+    texts = [*TEXTS, *TEXTS[::-1]]
+    shards = Shards(write_shards(texts, tokenizer.path, tmp_path / "twice", workers=1))
+    train, val = shards.split(0.2)
+    read = lambda part: [tokenizer.decode(part.document(i)[0].tolist()) for i in range(len(part))]  # noqa: E731
+    assert 0 < len(val) < len(train) and len(val) + len(train) == len(texts)
+    assert not set(read(train)) & set(read(val))
+    assert set(read(Shards(write_shards(TEXTS, tokenizer.path, tmp_path / "once", workers=1)).split(0.2)[1])) == set(read(val))
+    assert shards.split(0.0)[1] is None
+    assert all(len(p) == 1 for p in Shards(write_shards(["a b c", "d e f"], tokenizer.path, tmp_path / "few", workers=1)).split(0.001))
+    with pytest.raises(ValueError, match="2 different"):
+        Shards(write_shards(["a b c"] * 3, tokenizer.path, tmp_path / "same", workers=1)).split(0.1)
+
+
 def test_a_cut_shard_is_refused(tokenizer, tmp_path):
     """Guards against training on what a full disk left behind."""
     path = write_shards(TEXTS, tokenizer.path, tmp_path / "cut", workers=1)

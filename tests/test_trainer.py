@@ -18,14 +18,14 @@ from minillama.model import Llama, next_token_loss
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import accumulate, learning_rate, make_optimizer, train
 
-CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=340, multiple_of=8, max_seq_len=64)
+CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=330, multiple_of=8, max_seq_len=64)
 TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. " * (1 + i % 4) for i in range(120)]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return Tokenizer.train(TEXTS, 340, tmp_path_factory.mktemp("tok") / "t.model")
+    return Tokenizer.train(TEXTS, 330, tmp_path_factory.mktemp("tok") / "t.model")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,11 +33,12 @@ def _start(path: str) -> None:
     _tokenizer = Tokenizer(path)
 
 
-def _encode(item: str | list[dict]) -> tuple[list[int], list[bool] | None]:
-    """A document (BOS text EOS, everything trained on) or a dialogue (answers trained on)."""
+def _encode(item: str | list[dict]) -> tuple[list[int], list[bool] | None, int]:
+    """A document (BOS text EOS, everything trained on) or a dialogue (answers trained on), and a 32-bit hash of its content."""
+    key = int(hashlib.sha256((item if isinstance(item, str) else json.dumps(item)).encode()).hexdigest()[:8], 16)
     if isinstance(item, str):
-        return _tokenizer.encode(item, bos=True, eos=True), None
-    return encode_dialogue(_tokenizer, [Message(m["role"], m["content"]) for m in item])
+        return _tokenizer.encode(item, bos=True, eos=True), None, key
+    return *encode_dialogue(_tokenizer, [Message(m["role"], m["content"]) for m in item]), key
 
 
 def _encode_many(items: list) -> list:
@@ -59,7 +60,8 @@ def write_shards(items: Iterable[str] | Iterable[list[dict]], tokenizer: str | o
     """Tokenise documents (strings) or dialogues (lists of {"role", "content"}) into `out`; order and result do not depend on `workers`.
 
     Writes shard-NNNNN.tokens (little-endian uint16, or uint32 from 65,536 tokens of vocabulary on), .trained (one byte a token, dialogues
-    only), .offsets (document starts and the end, int64) and meta.json last, so an interrupted write is not mistaken for a whole one.
+    only), .offsets (document starts and the end, int64), .keys (a hash of each document's content, uint32)
+    and meta.json last, so an interrupted write is not mistaken for a whole one.
     Raises ValueError when there is nothing to write.
     """
     out, tmp = Path(out), Path(f"{out}.tmp")
@@ -69,15 +71,17 @@ def write_shards(items: Iterable[str] | Iterable[list[dict]], tokenizer: str | o
     shards: list[dict] = []
     ids: list[np.ndarray] = []
     trained: list[np.ndarray] = []
+    keys: list[int] = []
 
     def flush() -> None:
         stem = tmp / f"shard-{len(shards):05d}"
         np.concatenate(ids).astype(dtype).tofile(f"{stem}.tokens")
         np.cumsum([0, *map(len, ids)]).astype("<i8").tofile(f"{stem}.offsets")
+        np.asarray(keys, "<u4").tofile(f"{stem}.keys")
         if trained:
             np.concatenate(trained).astype(np.uint8).tofile(f"{stem}.trained")
         shards.append({"documents": len(ids), "tokens": int(sum(map(len, ids)))})
-        ids.clear(), trained.clear()
+        ids.clear(), trained.clear(), keys.clear()
 
     # Spawned workers: a forked child of a process that runs OpenMP threads can hang.
     pool = multiprocessing.get_context("spawn").Pool(workers, _start, (str(tokenizer),)) if workers > 1 else None
@@ -86,8 +90,9 @@ def write_shards(items: Iterable[str] | Iterable[list[dict]], tokenizer: str | o
     size = 0
     try:
         for chunk in pool.imap(_encode_many, _chunks(items)) if pool else map(_encode_many, _chunks(items)):
-            for tokens, mask in chunk:
+            for tokens, mask, key in chunk:
                 ids.append(np.asarray(tokens))
+                keys.append(key)
                 size += len(tokens)
                 if mask is not None:
                     trained.append(np.asarray(mask))
@@ -118,7 +123,7 @@ class Shards:
             meta = json.loads((self.path / "meta.json").read_text())
         except FileNotFoundError:
             raise ValueError(f"{self.path} holds no tokenised data (no meta.json)") from None
-        self.tokens, self.trained, offsets = [], [], []
+        self.tokens, self.trained, offsets, keys = [], [], [], []
         for i, shard in enumerate(meta["shards"]):
             stem = self.path / f"shard-{i:05d}"
             tokens = np.memmap(f"{stem}.tokens", dtype=meta["dtype"], mode="r")
@@ -127,7 +132,9 @@ class Shards:
             self.tokens.append(tokens)
             self.trained.append(np.memmap(f"{stem}.trained", dtype=np.uint8, mode="r") if Path(f"{stem}.trained").exists() else None)
             offsets.append(np.fromfile(f"{stem}.offsets", dtype="<i8"))
+            keys.append(np.fromfile(f"{stem}.keys", dtype="<u4"))
         self.offsets = offsets
+        self.keys = np.concatenate(keys)  # [documents]
         self.first = np.cumsum([0, *(len(o) - 1 for o in offsets)])  # first document of each shard
         self.lengths = np.concatenate([np.diff(o) for o in offsets])  # [documents], in tokens
         self.n_tokens = int(self.lengths.sum())
@@ -141,6 +148,34 @@ class Shards:
         a, b = self.offsets[s][i - self.first[s] : i - self.first[s] + 2]
         trained = self.trained[s]
         return self.tokens[s][a:b].astype(np.int64), np.ones(b - a, bool) if trained is None else trained[a:b].astype(bool)
+
+    def split(self, fraction: float) -> tuple[Part, Part | None]:
+        """Documents for training and for validation. Which is which follows from their content, so copies of one text are never on both sides.
+
+        None for validation if `fraction` is 0. Raises ValueError if there are fewer than 2 documents to split.
+        """
+        held = self.keys < fraction * 2**32
+        if fraction > 0 and (held.all() or not held.any()):
+            if len(set(self.keys.tolist())) < 2:
+                raise ValueError(f"the data holds {len(self)} document(s); keeping some for validation takes 2 different ones (or set val_fraction 0)")
+            held = self.keys == self.keys[0]
+        return Part(self, np.flatnonzero(~held)), Part(self, np.flatnonzero(held)) if held.any() else None
+
+
+class Part:
+    """Some documents of Shards, as Batches reads them: lengths [documents] in tokens, and document(i)."""
+
+    def __init__(self, shards: Shards, documents: np.ndarray):
+        self.shards, self.documents = shards, documents
+        self.lengths = shards.lengths[documents]
+        self.n_tokens = int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and trained mask of this part's document i."""
+        return self.shards.document(int(self.documents[i]))
 
 
 def pack(lengths: np.ndarray, row: int, cut: bool = True) -> list[list[tuple[int, int, int]]]:
@@ -180,7 +215,7 @@ class Batches:
     """
 
     def __init__(
-        self, shards: Shards, batch_size: int, seq_len: int, seed: int = 0, micro_batch: int = 0, rank: int = 0, world: int = 1,
+        self, shards: Shards | Part, batch_size: int, seq_len: int, seed: int = 0, micro_batch: int = 0, rank: int = 0, world: int = 1,
         whole_documents: bool = True,
         cut: bool = True,
     ):
@@ -242,31 +277,16 @@ class Batches:
         return batches
 
 
-def held_out(key: str, fraction: float) -> bool:
-    """Whether a document is for validation: by a hash of its text, so copies of one text are never on both sides."""
-    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < fraction * 2**32
+def tokenised(
+    items: Iterable, fraction: float, tokenizer: str | os.PathLike, folder: Path, workers: int, reuse: bool
+) -> tuple[Part, Part | None]:
+    """Training and validation parts of `items`, tokenised into `folder`, or of what is there already if `reuse` (a resumed run)."""
+    if not (reuse and (folder / "meta.json").exists()):
+        write_shards(items, tokenizer, folder, workers)
+    return Shards(folder).split(fraction)
 
 
-def split_shards(
-    items: Iterable, key: Callable[[object], str], fraction: float, tokenizer: str | Path, folder: Path, workers: int
-) -> tuple[Shards, Shards | None]:
-    """Tokenise items into folder/train and folder/validation, split by `held_out`; validation is None if the fraction is 0.
-
-    Raises ValueError if either side would be empty.
-    """
-    items = list(items)
-    held = [held_out(key(x), fraction) for x in items]
-    if fraction > 0 and (all(held) or not any(held)):
-        if len(items) < 2:
-            raise ValueError(f"the data holds {len(items)} documents; at least 2 are needed to keep one for validation (or set val_fraction 0)")
-        held = [i == 0 for i in range(len(items))]
-    train_set = write_shards((x for x, h in zip(items, held, strict=True) if not h), tokenizer, folder / "train", workers)
-    if fraction <= 0:
-        return Shards(train_set), None
-    return Shards(train_set), Shards(write_shards((x for x, h in zip(items, held, strict=True) if h), tokenizer, folder / "validation", 1))
-
-
-def validation_batches(shards: Shards, like: Batches, rows: int = 64) -> list:
+def validation_batches(shards: Part, like: Batches, rows: int = 64) -> list:
     """Up to `rows` rows of the validation shards as micro-batches."""
     n = min(rows, len(shards))
     return Batches(shards, n, like.seq_len, 0, micro_batch=like.micro_batch, whole_documents=like.whole)(0)

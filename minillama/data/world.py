@@ -192,7 +192,7 @@ class World:
     @cached_property
     def entities(self) -> dict[str, str]:
         """display name -> kind, for everything that has facts."""
-        kinds = {kind for kind, *_ in ATTRIBUTES.values()}
+        kinds = dict.fromkeys(kind for kind, *_ in ATTRIBUTES.values())  # a set's order would change with PYTHONHASHSEED
         return {self.display(kind, who): kind for kind in kinds for who in self.names[kind]}
 
     @cached_property

@@ -2,7 +2,8 @@
 
     judge(world, tasks, chat_answers(model, tokenizer, tasks))["helpfulness"]["mean"]
 
-A base model is asked in the style of its own documents, with three examples; a chat model in the chat format. Both see the same tasks.
+A base model is asked in the style of its own documents, with two examples, which
+keeps prompts about as long as its training rows; a chat model in the chat format. Both see the same tasks.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def chat_answers(model: Llama, tokenizer: Tokenizer, tasks: list[Task], temperat
     return _answers(model, tokenizer, prompts, [[tokenizer.eos_id]], temperature, seed, batch)
 
 
-def example_prompt(world: World, task: Task, shots: int = 3) -> tuple[str, str]:
+def example_prompt(world: World, task: Task, shots: int = 2) -> tuple[str, str]:
     """(prompt, beginning of the answer): `shots` examples of the task's kind in the style of the corpus, then the task in the same style.
 
     Examples are of training pairs. Facts and readings stand as question and answer, stories and recipes under their titles, sums as lines of
