@@ -100,11 +100,11 @@ def clean(argv: list[str]) -> int:
     from minillama.data.world import from_spec
 
     world = from_spec(a.data)
-    docs = list(world.documents() if world else sources.read_documents(a.data))
+    docs = list(world.documents() if world else sources.read(a.data, kind="document"))
     if world:
         tests = [t.prompt for split in ("validation", "test") for t in world.instructions(split)]
     else:
-        tests = [d["text"] for d in sources.read_documents(a.test)] if a.test else []
+        tests = [d["text"] for d in sources.read(a.test, kind="document")] if a.test else []
     kept, report = work(docs, c, tests)
     sources.write_jsonl(({"text": d["text"], "source": d.get("source", "")} for d in kept), a.out)
     print(report)
@@ -139,10 +139,10 @@ def evaluate(argv: list[str]) -> int:
         result = {"world": world.hash, "temperature": a.temperature, **judge(world, tasks, answers)}
         lines = [f"{k}: {interval(v)}" for k, v in result.items() if isinstance(v, dict) and "mean" in v]
     else:
-        from minillama.data.sources import read_documents
+        from minillama.data.sources import read
         from minillama.evaluation.perplexity import perplexity
 
-        result = perplexity(model, tok, (d["text"] for d in read_documents(a.data)))
+        result = perplexity(model, tok, (d["text"] for d in read(a.data, kind="document")))
         lines = [f"{k}: {v:.4g}" for k, v in result.items()]
     print(json.dumps(result) if a.json else "\n".join(lines))
     return 0

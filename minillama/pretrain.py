@@ -27,7 +27,7 @@ def documents(spec: str) -> Iterator[str]:
     if world := from_spec(spec):
         yield from (d["text"] for d in world.documents(defects=False))
     else:
-        yield from (d["text"] for d in sources.read_documents(spec))
+        yield from (d["text"] for d in sources.read(spec, kind="document"))
 
 
 def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None) -> Llama:

@@ -29,7 +29,7 @@ def dialogues(spec: str) -> Iterator[list[dict]]:
     if world := from_spec(spec):
         yield from (e["messages"] for e in world.demonstrations())
     else:
-        yield from (e["messages"] for e in sources.read_instructions(spec))
+        yield from (e["messages"] for e in sources.read(spec, kind="instruction"))
 
 
 def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None) -> Llama:

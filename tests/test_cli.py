@@ -76,7 +76,7 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
     text = make(tmp_path, "t.txt", "\n\n".join(f"Line {i} of a book about {i * 3} boats." for i in range(80)).encode())
     tok = str(Tokenizer.train([Path(text).read_text()], 310, tmp_path / "t.model").path)
     args = ["pretrain", "--data", text, "--tokenizer", tok, "--preset", "ci", "--out", str(tmp_path / "o"), "--train.batch_size", "2", "--train.seq_len", "32",
-            "--workers", "1", "--train.device", "cpu"]  # fmt: skip
+            "--workers", "1", "--val_fraction", "0", "--train.device", "cpu"]  # fmt: skip
     assert run(*args, "--train.steps", "2").returncode == 0
     from minillama.checkpoint import load, load_state
 

@@ -61,7 +61,7 @@ def test_the_gradient_is_that_of_the_mean_loss_per_token(shards):
 
     logits = model(b["tokens"], mask=document_mask(b["doc_ids"]))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), b["targets"].flatten()).backward()
-    torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-4, atol=1e-7)  # the loss is summed in fp32
 
 
 def test_packed_documents_do_not_see_each_other(shards, tokenizer):
