@@ -42,8 +42,13 @@ def rope_table(head_dim: int, max_seq_len: int, theta: float = 10_000.0, device=
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[2i], x[2i+1]) of x [B,T,heads,Hd] by its position's angle; cos, sin [T or B,T, 1, Hd/2]."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B,T,heads,Hd/2] each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))  # [B,T,heads,Hd/2,2]
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic and has no complex kernels
+        even, odd = pairs.unbind(-1)  # [B,T,heads,Hd/2] each
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # the same numbers in one pass: (even + i odd) * (cos + i sin), several times faster uncompiled
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos.float(), sin.float()))
+    return turned.flatten(-2).type_as(x)
 
 
 class KVCache:
