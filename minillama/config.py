@@ -264,7 +264,7 @@ class DemoConfig:
     """The whole pipeline on tinyworld."""
 
     scale: str = "laptop"
-    """ci (about 2 minutes on 2 cores), laptop (about 7), or gpu."""
+    """ci (about 2 minutes on 2 cores), laptop (about 6 and a half), or gpu."""
     seed: int = 0
     """Seed of the world, the weights and the order of the data."""
     out: str = ""
