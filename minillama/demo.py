@@ -109,15 +109,13 @@ def run(config: DemoConfig) -> Path:
         chat, _ = load(out / "sft")
         chats = {"0.0": chat_answers(chat, tokenizer, tasks), "1.0": chat_answers(chat, tokenizer, tasks, temperature=1.0, seed=config.seed)}
         bases = {"0.0": base_answers(base, tokenizer, world, tasks), "1.0": base_answers(base, tokenizer, world, tasks, temperature=1.0, seed=config.seed)}
+        kinds = [t.kind for t in tasks]
+        first = sorted({kinds.index(kind) for kind in kinds})  # one task of each kind
         results = {
             "n": len(tasks),
             "base": {t: judge(world, tasks, a) for t, a in bases.items()},
             "sft": {t: judge(world, tasks, a) for t, a in chats.items()},
-            "samples": [
-                {"prompt": t.prompt, "kind": t.kind, "base": bases["0.0"][i], "sft": chats["0.0"][i]}
-                for i, t in enumerate(tasks)
-                if i in {next(j for j, x in enumerate(tasks) if x.kind == k) for k in {x.kind for x in tasks}}
-            ],
+            "samples": [{"prompt": tasks[i].prompt, "kind": tasks[i].kind, "base": bases["0.0"][i], "sft": chats["0.0"][i]} for i in first],
         }
         write(out / "eval.json", results)
 
