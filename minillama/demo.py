@@ -18,6 +18,7 @@ from minillama import pretrain, report, sft
 from minillama.checkpoint import load
 from minillama.config import DemoConfig, PretrainConfig, SFTConfig, TrainConfig
 from minillama.data.clean import CleanConfig, clean, score
+from minillama.data.sources import write_jsonl
 from minillama.data.world import World
 from minillama.evaluation.tinyworld import Probes, base_answers, chat_answers, judge
 from minillama.tokenizer import Tokenizer
@@ -67,9 +68,7 @@ def run(config: DemoConfig) -> Path:
             "scores": score(result, documents), "documents": len(documents), "kept": len(kept), "characters": sum(len(d["text"]) for d in kept),
             "contamination_before": world.contamination(d["text"] for d in documents), "contamination": questions, "contamination_sft": demos,
         })  # fmt: skip
-        tmp = corpus.with_suffix(".tmp")
-        tmp.write_text("".join(json.dumps({"text": d["text"], "source": d["source"]}) + "\n" for d in kept), encoding="utf-8")
-        tmp.rename(corpus)
+        write_jsonl(({"text": d["text"], "source": d["source"]} for d in kept), corpus)
 
     def texts() -> list[str]:
         return [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]

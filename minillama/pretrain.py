@@ -19,7 +19,7 @@ from minillama.data.pack import Batches, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.tokenizer import Tokenizer
-from minillama.trainer import mean_loss, train, write_config
+from minillama.trainer import train, with_validation, write_config
 
 
 def documents(spec: str) -> Iterator[str]:
@@ -50,9 +50,5 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
     batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, whole_documents=config.whole_documents)
     val_batches = validation_batches(val, batches) if val else None
     write_config(config, out)
-
-    def metrics(m: nn.Module) -> dict[str, float]:
-        loss = {"val_loss": mean_loss(m, val_batches, next_token_loss)} if val_batches else {}
-        return {**loss, **(evaluate(m) if evaluate else {})}
-
+    metrics = with_validation(val_batches, next_token_loss, evaluate)
     return train(model, batches, next_token_loss, c, out, tokenizer, metrics, config.resume, label="pretrain")

@@ -21,7 +21,7 @@ from minillama.data.pack import Batches, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.tokenizer import Tokenizer
-from minillama.trainer import mean_loss, train, write_config
+from minillama.trainer import train, with_validation, write_config
 
 
 def dialogues(spec: str) -> Iterator[list[dict]]:
@@ -53,9 +53,5 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     c = dataclasses.replace(c, steps=max(1, round(config.epochs * batches.steps_per_epoch)))
     val_batches = validation_batches(val, batches) if val else None
     write_config(dataclasses.replace(config, train=c), out)
-
-    def metrics(m: nn.Module) -> dict[str, float]:
-        loss = {"val_loss": mean_loss(m, val_batches, next_token_loss)} if val_batches else {}
-        return {**loss, **(evaluate(m) if evaluate else {})}
-
+    metrics = with_validation(val_batches, next_token_loss, evaluate)
     return train(model, batches, next_token_loss, c, out, tokenizer, metrics, config.resume, label="sft")

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,18 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], loss_fn: LossF
     return total / count
 
 
+def with_validation(
+    batches: list[dict[str, Tensor]] | None, loss_fn: LossFn, evaluate: Callable[[nn.Module], dict[str, float]] | None
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What a stage measures while it trains: "val_loss" over `batches`, if there are any, and what `evaluate` adds."""
+
+    def metrics(model: nn.Module) -> dict[str, float]:
+        loss = {"val_loss": mean_loss(model, batches, loss_fn)} if batches else {}
+        return {**loss, **(evaluate(model) if evaluate else {})}
+
+    return metrics
+
+
 def train(
     model: nn.Module, batches: Callable[[int], list[dict[str, Tensor]]], loss_fn: LossFn, config: TrainConfig, out: str | os.PathLike,
     tokenizer: Tokenizer | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None, resume: bool = False, label: str = "train",
@@ -144,7 +157,8 @@ def train(
             checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen}, tokenizer, keep=0)
 
     stop: list[int] = []
-    previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT) if _main_thread()}
+    main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT) if main}
     bar = tqdm(total=c.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
     began, window, window_tokens = time.monotonic(), time.monotonic(), 0
     try:
@@ -214,12 +228,6 @@ def _keep_until(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             break
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def _main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
 
 
 def write_config(config: object, out: Path) -> None:
