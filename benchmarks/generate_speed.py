@@ -1,6 +1,8 @@
 """Generation against transformers' generate, greedy, same weights and prompts, batch 1 and 32, interleaved, medians of five.
 
-    python benchmarks/generate_speed.py [--preset laptop] [--new 96] [--threads 2]
+    python benchmarks/generate_speed.py [--preset laptop | --model runs/laptop/sft] [--new 96] [--threads 2]
+
+Where a row's text parts from transformers', the gap between the two tokens' logits there is printed: rounding decides ties, nothing else may.
 """
 import argparse
 import tempfile
@@ -16,19 +18,29 @@ from minillama.generate import generate
 from minillama.model import Llama
 
 
+@torch.no_grad()
+def gap(model: Llama, ours: list[int], start: int, theirs: list[int]) -> float:
+    """Difference of the logits of the two tokens at the first place where the texts differ."""
+    at = next(i for i in range(start, len(ours)) if ours[i] != theirs[i])
+    logits = model(torch.tensor([ours[:at]]))[0, -1]
+    return abs(float(logits[ours[at]] - logits[theirs[at]]))
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--preset", default="laptop")
+    p.add_argument("--model", default="", help="a checkpoint; without one, random weights of the preset")
     p.add_argument("--new", type=int, default=96)
     p.add_argument("--threads", type=int, default=2)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    config = LlamaConfig.preset(a.preset)
-    model = Llama(config).init_weights().eval()
+    model = checkpoint.load(a.model)[0].eval() if a.model else Llama(LlamaConfig.preset(a.preset)).init_weights().eval()
+    config = model.config
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_hf(model, None, folder + "/hf")
         peer = transformers.LlamaForCausalLM.from_pretrained(folder + "/hf", attn_implementation="sdpa").eval()
-    settings = transformers.GenerationConfig(max_new_tokens=a.new, min_new_tokens=a.new, do_sample=False, pad_token_id=0, eos_token_id=None)
+    peer.generation_config.eos_token_id = None  # else min_new_tokens forbids it there and not here
+    settings = transformers.GenerationConfig(max_new_tokens=a.new, do_sample=False, pad_token_id=0, eos_token_id=None)
     for B in (1, 32):
         x = torch.randint(3, config.vocab_size, (B, 24), generator=torch.Generator().manual_seed(B))
         prompts = x.tolist()
@@ -36,7 +48,8 @@ def main() -> None:
             "minillama": lambda prompts=prompts: generate(model, prompts, max_new_tokens=a.new, temperature=0.0),
             "transformers": lambda x=x: peer.generate(x, attention_mask=torch.ones_like(x), generation_config=settings)[:, 24:].tolist(),
         }
-        same = runs["minillama"]() == runs["transformers"]()
+        ours, theirs = (run() for run in runs.values())
+        gaps = [gap(model, p + o, len(p), p + t) for p, o, t in zip(prompts, ours, theirs, strict=True) if o != t]
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(5):
             for name, run in runs.items():
@@ -45,7 +58,8 @@ def main() -> None:
                 times[name].append(time.perf_counter() - began)
         t = {name: median(v) for name, v in times.items()}
         rates = ", ".join(f"{name} {B * a.new / s:,.0f} tokens/s" for name, s in t.items())
-        print(f"batch {B:>2}, {a.threads} threads: {rates}; {t['transformers'] / t['minillama']:.2f}x; same text: {same}")
+        print(f"batch {B:>2}, {a.threads} threads: {rates}; {t['transformers'] / t['minillama']:.2f}x", end="; ")
+        print(f"{B - len(gaps)} of {B} texts the same" + (f", the others part where two logits are within {max(gaps):.1e}" if gaps else ""))
 
 
 if __name__ == "__main__":

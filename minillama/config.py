@@ -109,7 +109,7 @@ class LlamaConfig:
 # 34B was described in the paper but never released; 70B's hidden size 28,672 comes from 4096 and 1.3 as in its params.json.
 PRESETS: dict[str, dict] = {
     "ci": dict(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=1024, multiple_of=32, max_seq_len=512),
-    "laptop": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=1280, multiple_of=32, max_seq_len=512),
+    "laptop": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=1280, multiple_of=32, max_seq_len=1024),
     "gpu": dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=2, vocab_size=4096, multiple_of=64, max_seq_len=1024),
     "llama2-7b": dict(),
     "llama2-13b": dict(dim=5120, n_layers=40, n_heads=40),
@@ -155,7 +155,7 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 is only at the end (assumed)."""
     compile: bool = False
-    """Compile each block with torch.compile: pays off after about a minute of training on a CPU, and needs a C++ compiler there (assumed)."""
+    """Compile with torch.compile, on a CPU the whole step, else block by block: pays off after minutes on a CPU, where it needs a C++ compiler (assumed)."""
     bf16: bool = False
     """Compute in bf16 where the device is good at it (a GPU); refused on a CPU, where it is slower (paper: bf16)."""
     device: str = "auto"
@@ -231,12 +231,233 @@ class SFTConfig:
     """Share of the dialogues kept for validation (assumed)."""
     epochs: float = 2.0
     """Passes over the data; sets train.steps (paper: 2)."""
-    workers: int = 2
+    workers: int = 1
     """Processes that tokenize (assumed)."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=64, lr=2e-5, warmup_steps=0, seq_len=4096))
     """Optimization (paper: cosine from 2e-5, weight decay 0.1, batch 64, 4,096 tokens; the cosine's end is assumed); steps follow from epochs."""
+
+
+@dataclass
+class RewardConfig:
+    """Train a reward model on preference pairs (sec 3.2.2)."""
+
+    data: list[str] = field(default_factory=lambda: ["runs/my/preferences.jsonl"])
+    """Preference pairs: jsonl or parquet files, or hf:owner/name (columns of known sets, Anthropic/hh-rlhf among them, are known)."""
+    init: str = "runs/my/sft"
+    """Chat checkpoint that the reward model starts from."""
+    out: str = "runs/my/reward"
+    """Folder of the stage."""
+    margin: str = "small"
+    """Margin by strength of preference: none, small (1, 2/3, 1/3, 0) or large (3, 2, 1, 0) (paper, table 27)."""
+    kind: str = "helpful"
+    """helpful mixes all helpfulness pairs with as many others; safety mixes all safety pairs with a tenth of others (paper, sec 3.2.2)."""
+    safety_weight: float = 0.0
+    """Weight of the auxiliary safety loss on pairs with safety labels (paper uses one for the safety reward model; its formula and weight are assumed)."""
+    evidence: bool = False
+    """Add a bounded term from the log-probabilities of the answer's tokens to the paper's scalar head (assumed: for models of a few million parameters)."""
+    epochs: float = 1.0
+    """Passes over the pairs; sets train.steps (paper: 1, more overfits)."""
+    val_fraction: float = 0.05
+    """Share of the pairs kept for validation (assumed)."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=512, lr=1e-5, warmup_steps=5, seq_len=4096))
+    """Optimization (paper: batch 512 pairs, 1e-5, for 70B 5e-6, cosine to 10%, warm-up 3% of the steps and at least 5)."""
+
+    def __post_init__(self) -> None:
+        if self.margin not in MARGINS:
+            raise ValueError(f"unknown margin {self.margin!r}; there are {', '.join(MARGINS)}")
+        if self.kind not in ("helpful", "safety"):
+            raise ValueError(f"unknown kind {self.kind!r} of reward model; there are helpful and safety")
+
+
+# Margin by strength: negligibly better or unsure, slightly better, better, significantly better (table 27).
+MARGINS = {"none": (0.0, 0.0, 0.0, 0.0), "small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
+
+
+@dataclass
+class RejectConfig:
+    """Rejection sampling fine-tuning (sec 3.2.3): the best of K samples a prompt becomes what is learned."""
+
+    prompts: str = "runs/my/prompts.jsonl"
+    """Prompts: jsonl with messages (the last turn the user's, or an answer that is left out) and, if safety prompts are among them, safety: true."""
+    policy: str = "runs/my/sft"
+    """Checkpoint that samples; a larger model's samples may tune a smaller one (paper: the 70B's tune all)."""
+    init: str = "runs/my/pretrain"
+    """Checkpoint that is tuned (paper: the base model, every time)."""
+    helpful: str = "runs/my/reward"
+    """Helpfulness reward model."""
+    safety: str = ""
+    """Safety reward model; empty for none."""
+    pool: list[str] = field(default_factory=list)
+    """selected.jsonl files of earlier iterations to learn from too (paper: from V4 on the top samples of all iterations)."""
+    out: str = "runs/my/reject"
+    """Folder of the stage: samples.jsonl, selected.jsonl, and the tuned model."""
+    samples: int = 8
+    """Samples a prompt, K (assumed; the paper's figures go to 100)."""
+    temperature: float = 1.0
+    """Softmax temperature of the samples (paper: found anew every iteration, 1.2 to 1.3 after RLHF for 10 to 100 samples)."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer (assumed)."""
+    select: str = "best"
+    """best by the gated reward, or random: the control that must show nothing."""
+    batch: int = 256
+    """Rows that are sampled and scored at once (assumed)."""
+    epochs: float = 2.0
+    """Passes over the selected samples (paper: as SFT)."""
+    resume: bool = False
+    """Go on from what is in `out`."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=64, lr=2e-5, warmup_steps=0, seq_len=4096))
+    """Optimization (paper: as SFT)."""
+
+    def __post_init__(self) -> None:
+        if self.select not in ("best", "random"):
+            raise ValueError(f"unknown choice {self.select!r} among samples; there are best and random")
+        if self.samples < 1 or self.temperature < 0:
+            raise ValueError(f"samples {self.samples} must be at least 1 and temperature {self.temperature} not negative")
+
+
+@dataclass
+class PPOConfig:
+    """PPO against the gated, whitened reward (sec 3.2.3)."""
+
+    prompts: str = "runs/my/prompts.jsonl"
+    """Prompts as for `reject`."""
+    policy: str = "runs/my/reject"
+    """Checkpoint that PPO starts from, and its reference."""
+    helpful: str = "runs/my/reward"
+    """Helpfulness reward model; the critic starts from it."""
+    safety: str = ""
+    """Safety reward model; empty for none."""
+    out: str = "runs/my/ppo"
+    """Folder of the stage."""
+    iterations: int = 200
+    """Rollout-and-update rounds (paper: 200 to 400)."""
+    batch_size: int = 512
+    """Answers sampled an iteration (paper)."""
+    minibatch: int = 64
+    """Answers a gradient step, one step for each minibatch (paper)."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer (assumed)."""
+    lr: float = 1e-6
+    """Constant learning rate of the policy (paper)."""
+    critic_lr: float = 0.0
+    """Constant learning rate of the critic; 0 is the policy's (assumed)."""
+    critic_warmup: int = 0
+    """First iterations in which only the critic learns (assumed)."""
+    beta: float = 0.01
+    """Weight of the KL penalty (paper: 0.01 for 7B and 13B, 0.005 for 34B and 70B)."""
+    clip: float = 0.2
+    """PPO's clip of the probability ratio (paper)."""
+    value_clip: float = 0.2
+    """Clip of the change of a value; 0 is none (assumed)."""
+    value_weight: float = 0.5
+    """Factor of the squared value error (assumed; the critic has weights of its own)."""
+    gamma: float = 1.0
+    """Discount a token (assumed)."""
+    gae_lambda: float = 0.95
+    """Lambda of generalized advantage estimation (assumed)."""
+    gate: float = 0.15
+    """Safety score under which the safety reward is taken for any prompt, in sigmoid units (paper)."""
+    no_eos_penalty: float = 2.0
+    """Taken from the whitened reward of an answer that was cut before its end (assumed)."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay (paper)."""
+    beta1: float = 0.9
+    """AdamW's first decay rate (paper)."""
+    beta2: float = 0.95
+    """AdamW's second decay rate (paper)."""
+    eps: float = 1e-5
+    """AdamW's epsilon (paper)."""
+    grad_clip: float = 1.0
+    """Largest gradient norm, of policy and critic each (paper)."""
+    shuffle_rewards: bool = False
+    """Give every answer the reward of another: the control that must show nothing."""
+    val_fraction: float = 0.1
+    """Share of the prompts kept for early stopping (assumed)."""
+    eval_every: int = 10
+    """Iterations between evaluations on the kept prompts; 0 is never (paper: early stopping on held-out prompts)."""
+    patience: int = 0
+    """Evaluations without a better reward after which PPO stops; the best policy is kept. 0 runs to the end (assumed)."""
+    save_every: int = 10
+    """Iterations between checkpoints; 0 is only at the end (assumed)."""
+    seed: int = 0
+    """Seed of prompts and samples."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto for the best present (assumed)."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.minibatch:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by minibatch {self.minibatch}")
+        for name in ("iterations", "batch_size", "minibatch", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class GAttConfig:
+    """Ghost Attention (sec 3.3): a system instruction of the first turn that holds through the dialogue."""
+
+    dialogues: str = "runs/my/dialogues.jsonl"
+    """jsonl with `standing`, the instruction, and `turns`, the user's turns."""
+    policy: str = "runs/my/sft"
+    """Checkpoint that samples with the instruction on every turn, and that is tuned."""
+    keep: str = ""
+    """Instructions (jsonl, as for sft) to mix in, so that nothing else is forgotten; empty for none (assumed)."""
+    out: str = "runs/my/gatt"
+    """Folder of the stage: dialogues.jsonl as sampled, and the tuned model."""
+    ghost: bool = True
+    """Keep the instruction on the first turn only in training (the method). False keeps it on every turn: the control."""
+    temperature: float = 0.7
+    """Softmax temperature of the sampled answers (assumed)."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer (assumed)."""
+    epochs: float = 1.0
+    """Passes over the dialogues (assumed)."""
+    resume: bool = False
+    """Go on from what is in `out`."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=64, lr=2e-5, warmup_steps=0, seq_len=4096))
+    """Optimization (assumed: as SFT)."""
+
+
+@dataclass
+class SafetyConfig:
+    """Safety tuning after RLHF (sec 4.2): gated rejection sampling on adversarial prompts, and context distillation."""
+
+    prompts: str = "runs/my/safety-prompts.jsonl"
+    """Prompts as for `reject`; those with safety: true are adversarial, the others harmless ones that look alike."""
+    policy: str = "runs/my/ppo"
+    """Chat checkpoint that is tuned, and that samples."""
+    teacher: str = "runs/my/safety-sft"
+    """Chat checkpoint that samples too and that is asked with safety preprompts: a model after supervised safety tuning."""
+    helpful: str = "runs/my/reward"
+    """Helpfulness reward model."""
+    safety: str = "runs/my/reward-safety"
+    """Safety reward model."""
+    keep: list[str] = field(default_factory=list)
+    """Dialogues (as for sft) to mix in, so that helpfulness is kept; the paper mixes about nine parts to one."""
+    out: str = "runs/my/safety"
+    """Folder of the stage: distilled.jsonl, selected.jsonl, and the tuned model."""
+    samples: int = 4
+    """Samples a prompt from policy and from teacher each (assumed)."""
+    temperature: float = 1.0
+    """Softmax temperature of the samples (assumed)."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer (assumed)."""
+    distil: bool = True
+    """Context distillation: ask the teacher with a safety preprompt, learn its answer without it (paper)."""
+    gate: bool = True
+    """Distil only where the safety reward model prefers the distilled answer to the original one (paper)."""
+    epochs: float = 1.0
+    """Passes over the selected and kept dialogues (assumed)."""
+    resume: bool = False
+    """Go on from what is in `out`."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=64, lr=2e-5, warmup_steps=0, seq_len=4096))
+    """Optimization (assumed: as SFT)."""
 
 
 @dataclass

@@ -17,7 +17,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -134,34 +135,32 @@ def train(
         raise ValueError(f"{out} already holds a checkpoint of step {state[0]}; add --resume true to go on, or choose another folder")
     model.to(device).train()
     optimizer = make_optimizer(model, c)
-    names = {p: n for n, p in model.named_parameters()}
     start, tokens_seen = 0, 0
     if state:
         start, path, tensors, meta = state
         if start > c.steps:
             raise ValueError(f"{path} is at step {start}, past the {c.steps} asked for; raise train.steps")
         checkpoint.load_weights(model, path)
-        _restore(optimizer, names, tensors)
+        restore_optimizer(optimizer, model, tensors)
         tokens_seen = meta["tokens"]
     metrics = out / "metrics.jsonl"
-    _keep_until(metrics, start)
+    keep_metrics(metrics, start)
     if c.compile and shutil.which(os.environ.get("CXX", "g++")) is None and device.type == "cpu":
         print("torch.compile needs a C++ compiler on a CPU and finds none: training goes on without", file=sys.stderr)
+    elif c.compile and device.type == "cpu":
+        loss_fn = torch.compile(loss_fn)  # the whole step: on a CPU models are small, and embedding, mask and loss are a tenth of the time
     elif c.compile:
         for block in getattr(model, "layers", [model]):
             block.compile()  # one block at a time: all of them share one compilation
 
     def save(step: int) -> None:
-        tensors = {f"{key}/{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
+        tensors = optimizer_tensors(optimizer, model)
         if not dist.is_initialized() or dist.get_rank() == 0:
             checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen}, tokenizer, keep=0)
 
-    stop: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
-    previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT) if main}
     bar = tqdm(total=c.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
     began, window, window_tokens = time.monotonic(), time.monotonic(), 0
-    try:
+    with stop_signals() as stop, bar:
         for step in range(start, c.steps):
             lr = learning_rate(step, c)
             for group in optimizer.param_groups:
@@ -182,27 +181,30 @@ def train(
                 if bar.disable and (done % (10 * c.log_every) == 0 or done == c.steps):
                     eta = (now - began) / (done - start) * (c.steps - done)
                     print(f"{label} {done}/{c.steps} loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s ETA {eta:.0f} s", flush=True)
-                _append(metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
+                append_metrics(metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
             if evaluate and (done == c.steps or c.eval_every and done % c.eval_every == 0):
                 model.eval()
                 with torch.compiler.set_stance("force_eager"):  # other shapes, and a cache: not worth compiling for
                     measured = evaluate(model)
-                _append(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in measured.items()}})
+                append_metrics(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in measured.items()}})
                 model.train()
                 window = time.monotonic()
             if stop or done == c.steps or c.save_every and done % c.save_every == 0:
                 save(done)
             if stop and done < c.steps:
-                raise Interrupted(f"stopped by {signal.Signals(stop[0]).name} after step {done}; saved in {folder}; go on with --resume true")
-    finally:
-        bar.close()
-        for s, handler in previous.items():
-            signal.signal(s, handler)
+                raise interrupted(stop[0], done, folder)
     return model.eval()
 
 
-def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]) -> None:
-    by_name = {n: p for p, n in names.items()}
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state by name: "exp_avg/layers.0.attention.wq.weight" and the like."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {f"{key}/{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave. Raises ValueError for a tensor that the model does not have."""
+    by_name = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         if name not in by_name:
@@ -211,12 +213,31 @@ def _restore(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], t
         optimizer.state[p][kind] = value if kind == "step" else value.to(p.device)
 
 
-def _append(path: Path, record: dict) -> None:
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within it, SIGTERM and Ctrl-C are noted in the list that it gives, for a loop to save and stop at the end of its step."""
+    stop: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT) if main}
+    try:
+        yield stop
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def interrupted(number: int, done: int, folder: Path) -> Interrupted:
+    """What a loop raises once it has saved after a signal."""
+    return Interrupted(f"stopped by {signal.Signals(number).name} after step {done}; saved in {folder}; go on with --resume true")
+
+
+def append_metrics(path: Path, record: dict) -> None:
+    """One more line of a metrics.jsonl."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(record) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, written by a run that was killed after its last checkpoint, and a broken last line."""
     if not path.exists():
         return

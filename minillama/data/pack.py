@@ -33,12 +33,14 @@ def _start(path: str) -> None:
     _tokenizer = Tokenizer(path)
 
 
-def _encode(item: str | list[dict]) -> tuple[list[int], list[bool] | None, int]:
-    """A document (BOS text EOS, everything trained on) or a dialogue (answers trained on), and a 32-bit hash of its content."""
+def _encode(item: str | list[dict] | dict) -> tuple[list[int], list[bool] | None, int]:
+    """A document (BOS text EOS, everything trained on) or a dialogue (answers trained on; as {"messages", "last_only": true} only the last), and a
+    32-bit hash of its content."""
     key = int(hashlib.sha256((item if isinstance(item, str) else json.dumps(item)).encode()).hexdigest()[:8], 16)
     if isinstance(item, str):
         return _tokenizer.encode(item, bos=True, eos=True), None, key
-    return *encode_dialogue(_tokenizer, [Message(m["role"], m["content"]) for m in item]), key
+    messages, last_only = (item["messages"], item.get("last_only", False)) if isinstance(item, dict) else (item, False)
+    return *encode_dialogue(_tokenizer, [Message(m["role"], m["content"]) for m in messages], last_only), key
 
 
 def _encode_many(items: list) -> list:

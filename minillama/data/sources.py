@@ -311,6 +311,18 @@ def write_jsonl(rows: Iterable[dict], path: str | os.PathLike) -> int:
     return n
 
 
+def read_rows(path: str | os.PathLike, keys: tuple[str, ...]) -> list[dict]:
+    """The objects of a jsonl or parquet file that must have `keys`. Raises ValueError that names the row without one, or if there is no row."""
+    rows = []
+    for where, row in _rows(str(path), "train"):
+        if missing := [k for k in keys if k not in row]:
+            raise ValueError(f"{where}: there is no {missing[0]!r}; a row needs {', '.join(keys)}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return rows
+
+
 # ---- mixing -----------------------------------------------------------------------------------------------------------------
 
 

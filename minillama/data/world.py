@@ -3,7 +3,7 @@
     world = World(seed=0, scale="laptop");  world.documents();  world.instructions("train")
 
 People, places, animals, things and dishes have facts that stay true in every text. The world writes pretraining documents of
-eight kinds, plants labelled defects among them for the cleaning chapter, and writes instructions in three splits. A
+nine kinds, plants labelled defects among them for the cleaning chapter, and writes instructions in three splits. A
 (who, what) pair belongs to one split for good: pairs of `validation` and `test` occur in training text as statements only, never in
 a question, so a right answer to one of them shows that the model can say what it read and not that it saw the answer.
 
@@ -37,49 +37,61 @@ class Scale:
 
 
 SCALES = {
-    "ci": Scale(people=16, places=8, animals=8, things=8, dishes=6, documents=5_000, instructions=4_000, tasks=200),
-    "laptop": Scale(people=32, places=12, animals=12, things=12, dishes=10, documents=18_000, instructions=9_000, tasks=600),
-    "gpu": Scale(people=400, places=60, animals=40, things=40, dishes=10, documents=400_000, instructions=40_000, tasks=2_000),
+    "ci": Scale(people=16, places=8, animals=8, things=8, dishes=8, documents=5_000, instructions=4_000, tasks=200),
+    "laptop": Scale(people=32, places=12, animals=12, things=12, dishes=16, documents=18_000, instructions=9_000, tasks=1_000),
+    "gpu": Scale(people=400, places=60, animals=40, things=40, dishes=40, documents=400_000, instructions=40_000, tasks=2_000),
 }
 
 # what -> (kind of who, values or the kind they come from, statements, questions)
 ATTRIBUTES: dict[str, tuple[str, object, tuple[str, ...], tuple[str, ...]]] = {
     "home": ("person", "place",
              ("{who} lives in {value}.", "The home of {who} is in {value}.", "{who} has a house in {value}."),
-             ("Where does {who} live?", "In which place does {who} live?", "Tell me where the home of {who} is.")),
+             ("Where does {who} live?", "In which place does {who} live?", "Tell me where the home of {who} is.",
+             "Can you say where {who} lives?", "Please tell me the home of {who}.")),
     "job": ("person", ("baker", "potter", "sailor", "weaver", "teacher", "gardener", "painter", "smith", "shepherd", "doctor"),
             ("{who} works as a {value}.", "The job of {who} is {value}.", "{who} is a {value}."),
-            ("What is the job of {who}?", "What work does {who} do?", "Tell me what job {who} has.")),
+            ("What is the job of {who}?", "What work does {who} do?", "Tell me what job {who} has.",
+            "Can you say what job {who} has?", "Please tell me the job of {who}.")),
     "pet": ("person", "animal",
             ("{who} keeps a {value} as a pet.", "The pet of {who} is a {value}.", "{who} has a pet {value}."),
-            ("What pet does {who} keep?", "Which animal is the pet of {who}?", "Tell me about the pet of {who}.")),
+            ("What pet does {who} keep?", "Which animal is the pet of {who}?", "Tell me about the pet of {who}.",
+            "Can you say what pet {who} has?", "Please tell me the pet of {who}.")),
     "dish": ("person", "dish",
              ("{who} likes to eat {value}.", "The favourite dish of {who} is {value}.", "{who} eats {value} every week."),
-             ("What does {who} like to eat?", "Which dish is the favourite of {who}?", "Tell me the favourite dish of {who}.")),
+             ("What does {who} like to eat?", "Which dish is the favourite of {who}?", "Tell me the favourite dish of {who}.",
+             "Can you say what {who} eats every week?", "Please tell me which dish {who} likes.")),
     "colour": ("person", ("red", "blue", "green", "yellow", "white", "black", "orange", "purple", "silver", "brown"),
                ("{who} likes the colour {value}.", "The favourite colour of {who} is {value}.", "{who} always wears {value}."),
-               ("Which colour does {who} like?", "What is the favourite colour of {who}?", "Tell me which colour {who} wears.")),
+               ("Which colour does {who} like?", "What is the favourite colour of {who}?", "Tell me which colour {who} wears.",
+               "Can you say what colour {who} wears?", "Please tell me the colour of {who}.")),
     "music": ("person", ("drum", "flute", "fiddle", "harp", "horn", "bell", "lute", "pipe"),
               ("{who} plays the {value}.", "The instrument of {who} is the {value}.", "{who} makes music on the {value}."),
-              ("What instrument does {who} play?", "Which instrument is that of {who}?", "Tell me what {who} plays.")),
+              ("What instrument does {who} play?", "Which instrument is that of {who}?", "Tell me what {who} plays.",
+              "Can you say what {who} makes music on?", "Please tell me the instrument of {who}.")),
     "river": ("place", "river",
               ("The river of {who} is the {value}.", "{who} lies on the river {value}.", "The river {value} runs through {who}."),
-              ("What is the river of {who}?", "On which river does {who} lie?", "Tell me which river runs through {who}.")),
+              ("What is the river of {who}?", "On which river does {who} lie?", "Tell me which river runs through {who}.",
+              "Can you say on which river {who} is?", "Please tell me the river of {who}.")),
     "craft": ("place", ("lamps", "boats", "carpets", "clocks", "knives", "cheese", "honey", "ropes", "paper", "glass"),
               ("{who} is known for its {value}.", "People in {who} make {value}.", "The {value} of {who} are famous."),
-              ("What is {who} known for?", "What do people in {who} make?", "Tell me what {who} is famous for.")),
+              ("What is {who} known for?", "What do people in {who} make?", "Tell me what {who} is famous for.",
+              "Can you say what is made in {who}?", "Please tell me the craft of {who}.")),
     "food": ("animal", ("grass", "fish", "seeds", "roots", "berries", "worms", "leaves", "nuts"),
              ("{who} eats {value}.", "The food of {who} is {value}.", "{who} feeds on {value}."),
-             ("What does {who} eat?", "What is the food of {who}?", "Tell me what {who} feeds on.")),
+             ("What does {who} eat?", "What is the food of {who}?", "Tell me what {who} feeds on.",
+             "Can you say what {who} eats?", "Please tell me the food of {who}.")),
     "bed": ("animal", ("caves", "trees", "barns", "reeds", "burrows", "bushes", "nests", "ruins"),
             ("{who} sleeps in {value}.", "The bed of {who} is found in {value}.", "At night {who} rests in {value}."),
-            ("Where does {who} sleep?", "Where is the bed of {who} found?", "Tell me where {who} rests at night.")),
+            ("Where does {who} sleep?", "Where is the bed of {who} found?", "Tell me where {who} rests at night.",
+            "Can you say where {who} sleeps?", "Please tell me the bed of {who}.")),
     "stuff": ("thing", ("wood", "iron", "clay", "copper", "stone", "leather", "wool", "bone"),
               ("{who} is made of {value}.", "The stuff of {who} is {value}.", "People make {who} from {value}."),
-              ("What is {who} made of?", "What is the stuff of {who}?", "Tell me from what people make {who}.")),
+              ("What is {who} made of?", "What is the stuff of {who}?", "Tell me from what people make {who}.",
+              "Can you say what makes up {who}?", "Please tell me the stuff of {who}.")),
     "base": ("dish", ("beans", "plums", "rice", "eggs", "milk", "corn", "apples", "onions"),
              ("{who} is cooked with {value}.", "The main part of {who} is {value}.", "Cooks make {who} from {value}."),
-             ("What is {who} cooked with?", "What is the main part of {who}?", "Tell me from what cooks make {who}.")),
+             ("What is {who} cooked with?", "What is the main part of {who}?", "Tell me from what cooks make {who}.",
+             "Can you say what is in {who}?", "Please tell me the main part of {who}.")),
 }  # fmt: skip
 
 STORY_OPEN = ("One day {p} walked to {place} with {q}.", "{p} and {q} went to {place}.", "Early one morning {p} met {q} in {place}.")
@@ -94,12 +106,15 @@ WORDS = (
     "shovel blanket bottle saddle marble pencil"
 ).split()
 OWN = ("The {t} belongs to {p}.", "The {t} is with {p}.")
-LIST_KINDS = {"animals": "animal", "places": "place", "dishes": "dish", "things": "thing"}
-NUMBERS = ("zero", "one", "two", "three", "four")
+LIST_KINDS = {"animals": "animal", "places": "place", "dishes": "dish", "things": "thing", "people": "person", "rivers": "river"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
 STEPS = ("To make {dish}, first wash the {base}.", "Then cut the {base} and put it in a {pot}.", "Last, cook the {dish} for {n} minutes.")
 POTS = ("pot", "pan", "bowl", "kettle")
 CLOSE = ("I hope this helps.", "Ask me if you need more.")
 FILLER = ("Well, let me think.", "Oh, what a good question.")
+LEADS = ("Ahoy Hail Bravo Hurrah Behold Indeed Listen Welcome Alas Salute Cheers Marvel Hello Look Hear Quiet".split(), "Verily Hark Truly Lo".split())
+STANDING = {"lead": "Always begin with {value}.", "name": "Always call me {value}."}
+OBEYED = {"lead": "{value}! {answer}", "name": "{answer} So it is, {value}."}
 DEFECTS = ("near_duplicate", "exact_duplicate", "boilerplate", "private", "gibberish", "toxic", "leak")
 
 _ONSETS, _VOWELS, _CODAS = "b d f g k l m n p r s t v z br dr kl tr st".split(), "a e i o u ai ea".split(), ("", "n", "l", "r", "s", "k")
@@ -109,7 +124,7 @@ _ONSETS, _VOWELS, _CODAS = "b d f g k l m n p r s t v z br dr kl tr st".split(),
 class Task:
     """What an instruction asks, as data: the task's kind, its arguments, its split. gold.py checks answers against it."""
 
-    kind: str  # fact, story, reading, list, sum, howto
+    kind: str  # fact, story, reading, list, sum, howto; hazard (hazards.py)
     prompt: str
     split: str
     args: dict
@@ -169,7 +184,7 @@ class World:
                 self.split[pair] = "test" if i % 4 == 0 else "validation" if i % 8 == 1 else "train"
         sums = [(a, b) for a in range(10) for b in range(10)]
         rng.shuffle(sums)
-        self.sums = {pair: ("test" if i < 15 else "validation" if i < 22 else "train") for i, pair in enumerate(sums)}
+        self.sums = {pair: ("test" if i < 20 else "validation" if i < 28 else "train") for i, pair in enumerate(sums)}
 
     def rng(self, purpose: str) -> Random:
         """A generator that depends only on the world's seed, its scale and `purpose`."""
@@ -211,8 +226,8 @@ class World:
 
     # ---- pretraining documents -----------------------------------------------------------------------------------------
 
-    KINDS = ("entry", "story", "qa", "dialogue", "list", "howto", "sums", "reading")
-    KIND_WEIGHTS = (0.29, 0.17, 0.19, 0.06, 0.04, 0.04, 0.06, 0.15)
+    KINDS = ("entry", "story", "qa", "dialogue", "list", "howto", "sums", "reading", "deed")
+    KIND_WEIGHTS = (0.28, 0.16, 0.18, 0.06, 0.05, 0.05, 0.06, 0.13, 0.03)
 
     def documents(self, defects: bool = True) -> Iterator[dict]:
         """The pretraining corpus: {"text", "source", "kind", "defect"}; `defect` is None or one of DEFECTS (about 2% each).
@@ -284,9 +299,12 @@ class World:
     def _qa(self, rng: Random) -> str:
         lines = []
         for _ in range(rng.randint(3, 6)):
-            who, what = rng.choice(self._askable)
-            lines.append(f"Question: {self.question(rng, who, what)}\nAnswer: {self.statement(rng, who, what)}")
-        return "\n".join(lines)
+            if rng.random() < 0.7:
+                who, what = rng.choice(self._askable)
+                lines.append(f"Question: {self.question(rng, who, what)}\nAnswer: {self.statement(rng, who, what)}")
+            elif task := rng.choice((self._task_sum, self._task_sum, self._task_list, self._task_list, self._task_howto))(rng, "train"):
+                lines.append(f"Question: {task.prompt}\nAnswer: {self.answer(rng, task)}")
+        return "\n".join(lines) if lines else self._qa(rng)
 
     def _dialogue(self, rng: Random) -> str:
         a, b = self._some(rng, 2, known=0.5)
@@ -299,7 +317,14 @@ class World:
     def _list(self, rng: Random) -> str:
         label = rng.choice(list(LIST_KINDS))
         items = rng.sample(self.names[LIST_KINDS[label]], rng.randint(2, 5))
-        return f"Some {label}:\n" + "\n".join(f"{i + 1}. {x}" for i, x in enumerate(items))
+        if rng.random() < 0.3:
+            return f"Some {label}:\n" + "\n".join(f"{i + 1}. {x}" for i, x in enumerate(items))
+        return "\n".join(self.some_of(rng, rng.choice(list(LIST_KINDS)), rng.randint(2, 5)) for _ in range(rng.randint(2, 4)))
+
+    def some_of(self, rng: Random, label: str, n: int) -> str:
+        """A sentence that lists n different things of a kind."""
+        items = rng.sample(self.names[LIST_KINDS[label]], n)
+        return f"{sentence(NUMBERS[n])} {label} are {', '.join(items[:-1])} and {items[-1]}."
 
     def steps(self, rng: Random, dish: str) -> str:
         """How to make a dish: three steps, the main part being the dish's fact."""
@@ -310,8 +335,12 @@ class World:
         return f"How to make {dish}\n{self.steps(rng, dish)}"
 
     def _sums(self, rng: Random) -> str:
-        train = [p for p, s in self.sums.items() if s == "train"]
-        return "\n".join(f"{a} plus {b} is {a + b}." for a, b in rng.choices(train, k=rng.randint(4, 9)))
+        return "\n".join(f"{a} plus {b} is {a + b}." for a, b in rng.choices(list(self.sums), k=rng.randint(4, 9)))
+
+    def _deed(self, rng: Random) -> str:
+        from minillama.data.hazards import deed_document  # which builds on this module
+
+        return deed_document(self, rng)
 
     def owners(self, rng: Random, n: int) -> tuple[list[tuple[str, str]], str]:
         """n different people with n different things, and the sentences that say who has what."""
@@ -369,7 +398,7 @@ class World:
         tasks: list[Task] = []
         seen: set[str] = set()
         others = (self._task_story, self._task_reading, self._task_list, self._task_sum, self._task_howto)
-        weights = (0.34, 0.34, 0.08, 0.16, 0.08)
+        weights = (0.38, 0.24, 0.12, 0.16, 0.10)
         while len(tasks) < n:
             if rng.random() < 0.5:
                 who, what, q = facts[len(tasks) % len(facts)] if split == "train" else facts.pop() if facts else (None, None, None)
@@ -383,7 +412,7 @@ class World:
         return tasks
 
     @staticmethod
-    def _belongs(key: str) -> str:
+    def belongs(key: str) -> str:
         """The split of a combination (a person and two words, a set of owners), by hash: 70% train, 10% validation, 20% test."""
         h = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 10
         return "train" if h < 7 else "validation" if h == 7 else "test"
@@ -391,18 +420,18 @@ class World:
     def _task_story(self, rng: Random, split: str) -> Task | None:
         p, (t, u) = rng.choice(self.names["person"]), rng.sample(WORDS, 2)
         prompt = rng.choice(("Write a story about {p} with a {t} and a {u}.", "Tell me a story about {p}, a {t} and a {u}."))
-        return Task("story", prompt.format(p=p, t=t, u=u), split, dict(who=p, words=[t, u])) if self._belongs(f"{p}{min(t, u)}{max(t, u)}") == split else None
+        return Task("story", prompt.format(p=p, t=t, u=u), split, dict(who=p, words=[t, u])) if self.belongs(f"{p}{min(t, u)}{max(t, u)}") == split else None
 
     def _task_reading(self, rng: Random, split: str) -> Task | None:
         pairs, text = self.owners(rng, rng.randint(2, 3))
         p, t = rng.choice(pairs)
-        return Task("reading", f"{text} Who has the {t}?", split, dict(who=p, thing=t)) if self._belongs(text) == split else None
+        return Task("reading", f"{text} Who has the {t}?", split, dict(who=p, thing=t)) if self.belongs(text) == split else None
 
     def _task_list(self, rng: Random, split: str) -> Task | None:
-        label, k = rng.choice(list(LIST_KINDS)), rng.randint(2, 4)
-        if self._belongs(f"{k} {label}") != split:
+        label, k = rng.choice(list(LIST_KINDS)), rng.randint(2, 5)
+        if self.belongs(f"{k} {label}") != split:
             return None
-        prompt = rng.choice(("Name {k} {label}.", "Give me {k} {label}.", "List {k} {label}, please."))
+        prompt = rng.choice(("Name {k} {label}.", "Give me {k} {label}.", "List {k} {label}, please.", "I need the names of {k} {label}."))
         return Task("list", prompt.format(k=NUMBERS[k], label=label), split, dict(kind=LIST_KINDS[label], label=label, n=k))
 
     def _task_sum(self, rng: Random, split: str) -> Task | None:
@@ -429,8 +458,7 @@ class World:
         if task.kind == "reading":
             return f"The {a['thing']} belongs to {a['who']}."
         if task.kind == "list":
-            items = rng.sample(self.names[a["kind"]], a["n"])
-            return f"{sentence(NUMBERS[a['n']])} {a['label']} are {', '.join(items[:-1])} and {items[-1]}."
+            return self.some_of(rng, a["label"], a["n"])
         if task.kind == "sum":
             return f"{a['a']} plus {a['b']} is {a['a'] + a['b']}."
         return self.steps(rng, a["who"])
@@ -448,17 +476,64 @@ class World:
         elif rng.random() < 0.1:
             who, what = rng.choice(self._askable)
             text += " " + self.statement(rng, who, what)
+        return self.mannered(rng, text)
+
+    @staticmethod
+    def mannered(rng: Random, text: str) -> str:
+        """`text` with the manner of some annotator: filler before it, a closing line after it, or neither."""
         if rng.random() < 0.2:
             text = f"{rng.choice(FILLER)} {text}"
         return f"{text} {rng.choice(CLOSE)}" if rng.random() < 0.5 else text
 
     def demonstrations(self, n: int | None = None) -> list[dict]:
-        """Training instructions with annotators' answers: {"messages": [user, assistant], "task": kind} (sec 3.1)."""
+        """Training dialogues with annotators' answers: {"messages", "task": kind} (sec 3.1), in random order.
+
+        n single instructions (default: the scale's); for each six of them, one request that a helpful-only annotator answers whether it does harm
+        or not (hazards.py), and one dialogue of a few turns, which half of the time repeats a standing instruction on every turn.
+        """
+        from minillama.data.hazards import comply, hazards  # which builds on this module
+
         rng = self.rng("demonstrations")
+        tasks = self.instructions("train", n)
+        rows = [([(t.prompt, self.demonstrate(rng, t))], t.kind) for t in tasks]
+        rows += [([(t.prompt, self.mannered(rng, comply(rng, t.args)))], "hazard") for t in hazards(self, "train", len(tasks) // 6)]
+        for _ in range(len(tasks) // 6):
+            turns, standing = self.dialogue_tasks(rng, "train", rng.randint(1, 4)), self.standing(rng) if rng.random() < 0.75 else None
+            exchanges = [(t.prompt, self.demonstrate(rng, t)) for t in turns]
+            if standing:
+                kind, value = standing
+                lead = STANDING[kind].format(value=value)
+                exchanges = [(f"{lead} {q}", OBEYED[kind].format(value=value, answer=a)) for q, a in exchanges]
+            rows.append((exchanges, "dialogue"))
+        rng.shuffle(rows)
         return [
-            {"messages": [{"role": "user", "content": t.prompt}, {"role": "assistant", "content": self.demonstrate(rng, t)}], "task": t.kind}
-            for t in self.instructions("train", n)
+            {"messages": [m for q, a in exchanges for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})], "task": kind}
+            for exchanges, kind in rows
         ]
+
+    def dialogue_tasks(self, rng: Random, split: str, turns: int) -> list[Task]:
+        """Short tasks of a split for the turns of a dialogue: facts, sums and lists."""
+        pairs = [pair for pair, s in self.split.items() if s == split]
+        tasks: list[Task] = []
+        while len(tasks) < turns:
+            kind = rng.random()
+            if kind < 0.7:
+                who, what = rng.choice(pairs)
+                task = Task("fact", self.question(rng, who, what), split, dict(who=who, what=what, value=self.facts[who, what]))
+            else:
+                task = self._task_sum(rng, split) if kind < 0.85 else self._task_list(rng, split)
+            if task:
+                tasks.append(task)
+        return tasks
+
+    def standing(self, rng: Random, unseen: bool = False) -> tuple[str, str]:
+        """(kind, value) of a standing instruction for a whole dialogue (sec 3.3): a word to begin with, or a name to use. `unseen` has words
+        that no training text begins an answer with."""
+        kind = rng.choice(list(STANDING))
+        if kind == "name":
+            half = len(self.names["stranger"]) // 2
+            return kind, rng.choice(self.names["stranger"][half:] if unseen else self.names["stranger"][:half])
+        return kind, rng.choice(LEADS[unseen])
 
     def contamination(self, texts) -> int:
         """How many questions or requests in `texts` ask about a (who, what) pair of the validation or test split; 0 is clean.
@@ -472,7 +547,8 @@ class World:
                 held.setdefault(who.lower(), set()).add(what)
         marks = {}
         for what, (_, _, _, questions) in ATTRIBUTES.items():
-            marks[what] = [re.compile(re.escape(q.lower().rstrip("?.")).replace(re.escape("{who}"), "(.+?)") + r"(?=[?.!,]|$)") for q in questions]
+            asked = [re.escape(q.lower().removeprefix("please ").rstrip("?.")) for q in questions]
+            marks[what] = [re.compile(q.replace(re.escape("{who}"), "(.+?)") + r"(?=[?.!,]|$)") for q in asked]
         n = 0
         ask = re.compile(r"[^.?!\n]*\?|\b(?:tell|say|explain|name|give)\b[^.?!\n]*[.?!\n]", re.I)
         for text in texts:

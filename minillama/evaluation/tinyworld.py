@@ -11,7 +11,7 @@ from minillama.chat import Message, encode_prompt
 from minillama.data.gold import Gold
 from minillama.data.world import Task, World
 from minillama.evaluation.stats import rate
-from minillama.generate import generate
+from minillama.generate import generate, sample_many
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
@@ -75,14 +75,9 @@ def base_answers(model: Llama, tokenizer: Tokenizer, world: World, tasks: list[T
 
 
 def _answers(model, tokenizer, prompts, stop, temperature, seed, batch) -> list[str]:
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
-    answers = [""] * len(prompts)
-    for k in range(0, len(order), batch):
-        rows = order[k : k + batch]
-        new = generate(model, [prompts[i] for i in rows], max_new_tokens=MAX_NEW, temperature=temperature, seed=seed + k, stop=stop)
-        for i, ids in zip(rows, new, strict=True):
-            answers[i] = tokenizer.decode(ids).strip()
-    return answers
+    rows = sample_many(model, prompts, MAX_NEW, temperature, seed, stop, batch).tokens
+    ends = {s[-1] for s in stop}
+    return [tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids).strip() for ids in rows]
 
 
 def judge(world: World, tasks: list[Task], answers: list[str]) -> dict:

@@ -1,0 +1,84 @@
+"""Ghost Attention (sec 3.3): make an instruction of the first turn hold through the whole dialogue.
+
+    minillama gatt --dialogues runs/my/dialogues.jsonl --policy runs/my/sft --out runs/my/gatt
+
+Three steps: write the instruction on every user turn and let the latest chat model answer turn by turn; take it away from all turns but the first;
+train on that, with the loss on the last answer only, since the earlier answers now stand in a context that did not produce them. The model
+learns to behave as if the instruction were still in front of it: a context distillation.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minillama import checkpoint, sft
+from minillama.chat import Message, encode_prompt
+from minillama.config import GAttConfig, SFTConfig
+from minillama.data import sources
+from minillama.generate import sample_many
+from minillama.model import Llama
+from minillama.trainer import pick_device, write_config
+
+
+def with_instruction(standing: str, turns: Sequence[str], answers: Sequence[str], every: bool) -> list[dict]:
+    """Messages of a dialogue, the instruction in front of every user turn or of the first only. There may be one answer fewer than turns."""
+    messages: list[dict] = []
+    for i, turn in enumerate(turns):
+        messages.append({"role": "user", "content": f"{standing} {turn}" if every or i == 0 else turn})
+        if i < len(answers):
+            messages.append({"role": "assistant", "content": answers[i]})
+    return messages
+
+
+def converse(model: Llama, tokenizer, dialogues: Sequence[dict], every: bool, temperature: float, max_new_tokens: int, seed: int,
+             batch: int = 256) -> list[list[str]]:  # fmt: skip
+    """The model's answers, turn by turn, to dialogues {"standing", "turns"}, all dialogues of a length together. A dialogue whose context is full
+    stops there: it has fewer answers than turns."""
+    answers: list[list[str]] = [[] for _ in dialogues]
+    for turn in range(max(len(d["turns"]) for d in dialogues)):
+        asked: dict[int, list[int]] = {}
+        for i, d in enumerate(dialogues):
+            if len(d["turns"]) > turn == len(answers[i]):
+                messages = with_instruction(d["standing"], d["turns"][: turn + 1], answers[i], every)
+                ids = encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in messages])
+                if len(ids) + max_new_tokens <= model.config.max_seq_len:
+                    asked[i] = ids
+        drawn = sample_many(model, list(asked.values()), max_new_tokens, temperature, seed + turn, [[tokenizer.eos_id]], batch)
+        for i, ids, finished in zip(asked, drawn.tokens, drawn.stopped, strict=True):
+            answers[i].append(tokenizer.decode(ids[:-1] if finished else ids).strip())
+    return answers
+
+
+def training_rows(dialogues: Sequence[dict], answers: Sequence[Sequence[str]], ghost: bool) -> list[dict]:
+    """What is trained on: the dialogues with the instruction on their first turn only, loss on the last answer (sec 3.3); or, without `ghost`, as they
+    were sampled, with the instruction on every turn. Dialogues with an empty answer are left out."""
+    rows = []
+    for d, said in zip(dialogues, answers, strict=True):
+        turns = d["turns"][: len(said)]
+        if said and all(said):
+            rows.append({"messages": with_instruction(d["standing"], turns, said, every=not ghost), "last_only": True})
+    return rows
+
+
+def run(config: GAttConfig, dialogues: Sequence[dict] | None = None, keep: Sequence[list[dict]] = ()) -> Llama:
+    """Sample and tune by `config`; `dialogues` ({"standing", "turns"}) replaces config.dialogues and `keep` adds dialogues to learn as SFT does.
+
+    Raises ValueError for a file without dialogues.
+    """
+    out, c = Path(config.out), config.train
+    device = pick_device(c.device)
+    if dialogues is None:
+        dialogues = sources.read_rows(config.dialogues, ("standing", "turns"))
+    sampled = out / "dialogues.jsonl"
+    if not (config.resume and sampled.exists()):
+        policy, tokenizer = checkpoint.load(config.policy)
+        if tokenizer is None:
+            raise ValueError(f"{config.policy} has no tokenizer.model; put the one it was trained with beside the weights")
+        answers = converse(policy.to(device).eval(), tokenizer, dialogues, True, config.temperature, config.max_new_tokens, c.seed)
+        sources.write_jsonl(({**d, "answers": a} for d, a in zip(dialogues, answers, strict=True)), sampled)
+    rows = sources.read_rows(str(sampled), ("standing", "turns", "answers"))
+    items: list = training_rows(rows, [r["answers"] for r in rows], config.ghost)
+    items += list(keep) + [row["messages"] for row in (sources.read(config.keep, kind="instruction") if config.keep else ())]
+    model = sft.run(SFTConfig(init=config.policy, out=config.out, epochs=config.epochs, resume=config.resume, train=c), items)
+    write_config(config, out)
+    return model
