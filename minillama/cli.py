@@ -60,28 +60,31 @@ def tokenizer(argv: list[str]) -> int:
     return 0
 
 
-def pretrain(argv: list[str]) -> int:
-    """Pretrain a base model on text."""
-    from minillama.config import PretrainConfig
+def _training(verb: str, module: str, config: str, text: str, after: str):
+    """A verb that runs a stage: `minillama.<module>.run` on a config from the command line."""
 
-    c, _ = _config(PretrainConfig, "pretrain", argv)
-    from minillama import pretrain as stage
+    def run(argv: list[str]) -> int:
+        from importlib import import_module
 
-    stage.run(c)
-    print(f"saved in {c.out}; try: minillama generate --model {c.out} --prompt '...'")
-    return 0
+        c, _ = _config(getattr(import_module("minillama.config"), config), verb, argv)
+        import_module(f"minillama.{module}").run(c)
+        print(f"saved in {c.out}; {after.format(out=c.out)}")
+        return 0
+
+    run.__doc__ = text
+    return run
 
 
-def sft(argv: list[str]) -> int:
-    """Fine-tune a model on instructions."""
-    from minillama.config import SFTConfig
-
-    c, _ = _config(SFTConfig, "sft", argv)
-    from minillama import sft as stage
-
-    stage.run(c)
-    print(f"saved in {c.out}; try: minillama chat --model {c.out}")
-    return 0
+_CHAT = "try: minillama chat --model {out}"
+_STAGES = {
+    "pretrain": ("pretrain", "PretrainConfig", "Pretrain a base model on text.", "try: minillama generate --model {out} --prompt '...'"),
+    "sft": ("sft", "SFTConfig", "Fine-tune a model on instructions.", _CHAT),
+    "gatt": ("gatt", "GAttConfig", "Ghost Attention: make an instruction of the first turn hold.", _CHAT),
+    "reward": ("reward", "RewardConfig", "Train a reward model on preference pairs.", "next: minillama reject --helpful {out}"),
+    "reject": ("rejection", "RejectConfig", "Rejection sampling: learn the best of K samples.", _CHAT),
+    "ppo": ("ppo", "PPOConfig", "PPO against the reward models.", _CHAT),
+    "safety": ("safety", "SafetyConfig", "Safety tuning: gated rejection sampling and context distillation.", _CHAT),
+}
 
 
 def clean(argv: list[str]) -> int:
@@ -252,8 +255,8 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-VERBS = {"info": info, "demo": demo, "tokenizer": tokenizer, "clean": clean, "pretrain": pretrain, "sft": sft, "eval": evaluate, "generate": generate,
-         "chat": chat, "convert": convert, "report": report}  # fmt: skip
+VERBS = {"info": info, "demo": demo, "tokenizer": tokenizer, "clean": clean, **{verb: _training(verb, *rest) for verb, rest in _STAGES.items()},
+         "eval": evaluate, "generate": generate, "chat": chat, "convert": convert, "report": report}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

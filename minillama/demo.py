@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from minillama import pretrain, report, sft
+from minillama import align, pretrain, report, sft
 from minillama.checkpoint import load
 from minillama.config import DemoConfig, PretrainConfig, SFTConfig, TrainConfig
 from minillama.data.clean import CleanConfig, clean, score
@@ -139,6 +139,8 @@ def run(config: DemoConfig) -> Path:
     stage("pretrain", "pretraining", finished("pretrain"), training("pretrain", train_base))
     stage("sft", "supervised fine-tuning", finished("sft"), training("sft", tune))
     stage("eval", "evaluation on the test split", out / "eval.json", evaluate)
+    if "align" in settings:
+        align.build(world, out, settings["align"], config.seed, config.device, stage)
     path = report.build(out)
-    print(f"\nreport: {path}\ntalk to the model: minillama chat --model {out / 'sft'}")
+    print(f"\nreport: {path}\ntalk to the model: minillama chat --model {out / ('safety' if 'align' in settings else 'sft')}")
     return path

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from minillama import checkpoint
 from minillama.chat import Message, encode_prompt
 from minillama.config import PPOConfig, TrainConfig
+from minillama.data.sources import read_prompts
 from minillama.generate import log_probs, sample_many
 from minillama.model import Llama
 from minillama.reward import Gated, RewardModel, stack
@@ -50,6 +51,7 @@ from minillama.trainer import (
     write_config,
 )
 
+MICRO = 16  # rows of like length that go through the models together
 Rewards = Callable[[list[tuple[list[int], int]], list[bool]], dict[str, Tensor]]
 
 
@@ -140,14 +142,20 @@ class Rollout:
     metrics: dict[str, float]
 
     def rows(self, index: Tensor) -> Rollout:
-        """Some of the rows."""
-        return Rollout(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)[:-1]), {})
+        """Some of the rows, cut to the longest of them."""
+        T = int(self.lengths[index].max())
+        parts = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)[:-1]}
+        return Rollout(**{n: x[:, : T - (n != "tokens")] if x.dim() == 2 else x for n, x in parts.items()}, metrics={})
 
 
 @torch.no_grad()
-def by_batch(function: Callable[[Tensor], Tensor], tokens: Tensor, batch: int) -> Tensor:
-    """function(tokens [B,T]) -> [B,...] a few rows at a time."""
-    return torch.cat([function(tokens[i : i + batch]) for i in range(0, len(tokens), batch)])
+def by_batch(function: Callable[[Tensor], Tensor], tokens: Tensor, lengths: Tensor, batch: int) -> Tensor:
+    """function(tokens [b,t]) -> [b,t-1] for all rows [B,T-1], a few rows of like length at a time and cut to their longest; 0 behind a row's end."""
+    out = torch.zeros(len(tokens), tokens.shape[1] - 1, device=tokens.device)
+    for index in lengths.argsort().split(batch):
+        t = int(lengths[index].max())
+        out[index, : t - 1] = function(tokens[index, :t])
+    return out
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int = 2) -> float:
@@ -172,10 +180,10 @@ def rollout(
     score = whiten(logit_clamp(raw)) - config.no_eos_penalty * (~finished).float()  # [B]
     x = {name: t.to(device) for name, t in stack(rows).items()}
     tokens, mask = x["tokens"], answer_mask(x["starts"], x["lengths"], x["tokens"].shape[1])
-    size = config.minibatch
-    logp = by_batch(lambda t: log_probs(policy, t), tokens, size).masked_fill(~mask, 0.0)  # [B,T-1]
-    ref_logp = by_batch(lambda t: log_probs(reference, t), tokens, size).masked_fill(~mask, 0.0)
-    values = by_batch(lambda t: critic.values(t)[:, :-1], tokens, size).masked_fill(~mask, 0.0)  # the state before each action
+    size = MICRO
+    logp = by_batch(lambda t: log_probs(policy, t), tokens, x["lengths"], size).masked_fill(~mask, 0.0)  # [B,T-1]
+    ref_logp = by_batch(lambda t: log_probs(reference, t), tokens, x["lengths"], size).masked_fill(~mask, 0.0)
+    values = by_batch(lambda t: critic.values(t)[:, :-1], tokens, x["lengths"], size).masked_fill(~mask, 0.0)  # the state before each action
     k1, k3 = kl_estimates(logp, ref_logp)
     advantages, returns = gae(token_rewards(score.to(device), k1, mask, config.beta), values, mask, config.gamma, config.gae_lambda)
     answers = [ids for ids in drawn.tokens]
@@ -209,35 +217,43 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """One step of policy and critic for every minibatch, in an order drawn from `seed`. Returns means of what happened."""
     order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(roll.tokens)))
-    sums: dict[str, float] = {}
+    totals: dict[str, float] = {}
     minibatches = order.split(config.minibatch)
-    for i, index in enumerate(minibatches):
-        b = roll.rows(index.to(roll.tokens.device))
-        logits = policy(b.tokens)[:, :-1].float()  # [b,T-1,V]
-        all_logp = logits.log_softmax(-1)
-        logp = all_logp.gather(-1, b.tokens[:, 1:, None]).squeeze(-1)  # [b,T-1]
-        loss, clipped = policy_loss(logp, b.logp, b.advantages, b.mask, config.clip)
-        values = critic.values(b.tokens)[:, :-1]
-        critic_loss = config.value_weight * value_loss(values, b.values, b.returns, b.mask, config.value_clip)
-        norms = []
-        for model, part, optimizer in ((policy, loss, optimizers[0]), (critic, critic_loss, optimizers[1])):
-            part.backward()
-            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)))
-            if not math.isfinite(norms[-1]):
-                raise FloatingPointError(f"a gradient norm is {norms[-1]}: lower lr, or look at the rewards of this iteration")
+    for i, minibatch in enumerate(minibatches):
+        minibatch = minibatch.to(roll.tokens.device)
+        n_tokens = roll.mask[minibatch].sum()
+        seen: dict[str, float] = {}
+        # Micro-batches of like length, to spare padding: each weighs as much as it has answer tokens, so the gradient is the minibatch's.
+        for index in minibatch[roll.lengths[minibatch].argsort()].split(MICRO):
+            b = roll.rows(index)
+            share = b.mask.sum() / n_tokens
+            all_logp = policy(b.tokens)[:, :-1].float().log_softmax(-1)  # [b,T-1,V]
+            logp = all_logp.gather(-1, b.tokens[:, 1:, None]).squeeze(-1)  # [b,T-1]
+            loss, clipped = policy_loss(logp, b.logp, b.advantages, b.mask, config.clip)
+            values = critic.values(b.tokens)[:, :-1]
+            critic_loss = config.value_weight * value_loss(values, b.values, b.returns, b.mask, config.value_clip)
+            (share * loss).backward()
+            (share * critic_loss).backward()
+            with torch.no_grad():
+                step = (logp - b.logp).masked_fill(~b.mask, 0.0)
+                entropy = masked_mean(-(all_logp.exp() * all_logp).sum(-1), b.mask)
+                means = {"policy_loss": loss, "value_loss": critic_loss, "clip_fraction": clipped, "entropy": entropy,
+                         "approx_kl": masked_mean(torch.exp(step) - 1 - step, b.mask)}  # fmt: skip
+                for name, value in means.items():
+                    seen[name] = seen.get(name, 0.0) + float(share * value)
+                totals["ratio_max"] = max(totals.get("ratio_max", 0.0), float(torch.exp(step).max()))
+                if i == 0:  # above 1e-4 the sampler is not the scored policy
+                    totals["first_log_ratio"] = max(totals.get("first_log_ratio", 0.0), float(step.abs().max()))
+        for name, model, optimizer in (("policy", policy, optimizers[0]), ("critic", critic, optimizers[1])):
+            seen[f"{name}_grad_norm"] = norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the {name}'s gradient norm is {norm}: lower its learning rate, or look at the rewards of this iteration")
             if model is critic or learn_policy:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            step = (logp - b.logp).masked_fill(~b.mask, 0.0)
-            entropy = masked_mean(-(all_logp.exp() * all_logp).sum(-1), b.mask)
-            seen = {"policy_loss": loss, "value_loss": critic_loss, "clip_fraction": clipped, "entropy": entropy,
-                    "approx_kl": masked_mean(torch.exp(step) - 1 - step, b.mask), "ratio_max": torch.exp(step).max()}  # fmt: skip
-            if i == 0:
-                sums["first_log_ratio"] = float(step.abs().max())  # above 1e-4 the sampler is not the scored policy
-        for name, value in {**{k: float(v) for k, v in seen.items()}, "policy_grad_norm": norms[0], "critic_grad_norm": norms[1]}.items():
-            sums[name] = max(sums.get(name, 0.0), value) if name == "ratio_max" else sums.get(name, 0.0) + value / len(minibatches)
-    return sums
+        for name, value in seen.items():
+            totals[name] = totals.get(name, 0.0) + value / len(minibatches)
+    return totals
 
 
 def critic_from(reward: RewardModel) -> RewardModel:
@@ -257,15 +273,11 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
     """
     c, out = config, Path(config.out)
     device = pick_device(c.device)
-    if prompts is None:
-        from minillama.rejection import read_prompts
-
-        prompts = read_prompts(c.prompts)
     policy, tokenizer = checkpoint.load(c.policy)
     gated = Gated(c.helpful, c.safety, c.gate, device)
     if tokenizer is None or gated.tokenizer.path.read_bytes() != tokenizer.path.read_bytes():
         raise ValueError(f"{c.policy} and {c.helpful} have different tokenizers; train the reward model from a model of the policy's family")
-    prompts = list(prompts)
+    prompts = read_prompts(c.prompts) if prompts is None else list(prompts)
     Random(f"ppo:{c.seed}").shuffle(prompts)
     encoded = [(encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in p["messages"]]), bool(p.get("safety"))) for p in prompts]
     n_val = round(len(encoded) * c.val_fraction) if c.eval_every else 0

@@ -25,20 +25,6 @@ from minillama.reward import Gated
 from minillama.trainer import pick_device, write_config
 
 
-def read_prompts(spec: str) -> list[dict]:
-    """Prompts of a file: {"messages" that end with the user's turn, "safety": bool}. An answer at the end is left out; other columns are kept.
-
-    Raises ValueError if there is none.
-    """
-    prompts = []
-    for row in sources.read(spec, kind="instruction"):
-        messages = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
-        prompts.append({**row, "messages": messages, "safety": bool(row.get("safety", False))})
-    if not prompts:
-        raise ValueError(f"{spec} holds no prompt")
-    return prompts
-
-
 def draw(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, k: int, temperature: float, max_new_tokens: int, seed: int,
          batch: int = 256) -> list[list[dict]]:  # fmt: skip
     """K samples for each prompt, each {"answer", "reward", "helpful", "safety" (if there is such a model), "finished"}; rewards are logits.
@@ -81,7 +67,7 @@ def run(config: RejectConfig, prompts: Sequence[dict] | None = None) -> Llama:
     """
     out, c = Path(config.out), config.train
     device = pick_device(c.device)
-    prompts = read_prompts(config.prompts) if prompts is None else list(prompts)
+    prompts = sources.read_prompts(config.prompts) if prompts is None else list(prompts)
     selected = out / "selected.jsonl"
     if not (config.resume and selected.exists()):
         policy, tokenizer = checkpoint.load(config.policy)

@@ -13,6 +13,14 @@ LABELS = {
 }  # fmt: skip
 
 
+ALIGNED = {"sft": "SFT", "gatt": "SFT+GAtt", "reject-2": "RS", "ppo": "RS+PPO", "safety": "safety-tuned"}
+
+
+def short(r: dict) -> str:
+    """A rate with its interval, as text."""
+    return f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; an unfinished last line is skipped."""
     records = []
@@ -47,7 +55,7 @@ def build(run: str | Path) -> Path:
     if (run / "world.json").exists():
         w = json.loads((run / "world.json").read_text())
         parts.append(f"tinyworld at scale `{w['scale']}`, seed {w['seed']}, {w['facts']} facts, fingerprint `{w['hash']}`.\n")
-    for section in (_tokenizer, _cleaning, _training, _quality, _samples, _times):
+    for section in (_tokenizer, _cleaning, _training, _quality, _samples, _alignment, _rewards, _rlhf, _standing, _safety, _conversations, _times):
         parts += section(run)
     path = run / "report.md"
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
@@ -169,6 +177,133 @@ def _samples(run: Path) -> list[str]:
     parts = ["## Samples (test split, greedy)\n"]
     for s in e["samples"]:
         parts += [f"**{s['prompt']}**\n", f"* base: {s['base'] or '(nothing)'}", f"* SFT: {s['sft'] or '(nothing)'}\n"]
+    return parts
+
+
+def _alignment(run: Path) -> list[str]:
+    e = _load(run / "align.json")
+    if not e:
+        return []
+    models = e["models"]
+    parts = [f"## Alignment, judged by gold on the test split (n = {e['n']} prompts, {e['n_hazards']} hazards)\n",
+             "Wins count ties half; intervals are 95%, paired for wins and Wilson's for rates. The base model is in the table above.\n"]  # fmt: skip
+    for t, how in (("1.0", "T = 1"), ("0.0", "greedy")):
+        parts += [f"| {how} | " + " | ".join(ALIGNED[m] for m in ALIGNED) + " |", "|---" * (len(ALIGNED) + 1) + "|"]
+        for key in ("helpfulness", "fact_recall", "parses", "correct", "close"):
+            parts.append(f"| {LABELS[key]} | " + " | ".join(short(models[m][t][key]) for m in ALIGNED) + " |")
+        for other, label in (("sft", "wins against SFT"), ("reject-2", "wins against RS")):
+            cells = [short(models[m][t]["wins"][other]) if other in models[m][t]["wins"] else "-" for m in ALIGNED]
+            parts.append(f"| {label} | " + " | ".join(cells) + " |")
+        parts.append("| different word pairs | " + " | ".join(f"{models[m][t]['distinct_2']:.3f}" for m in ALIGNED) + " |")
+        parts.append("| words an answer | " + " | ".join(f"{models[m][t]['words']:.1f}" for m in ALIGNED) + " |")
+        if t == "1.0":
+            far = {m: models[m]["divergence"] for m in ALIGNED if "divergence" in models[m]}
+            cells = [f"{far[m]['kl']:.2f} ± {2 * far[m]['standard_error']:.2f}" if m in far else "0" for m in ALIGNED]
+            parts.append("| KL to SFT, nats an answer | " + " | ".join(cells) + " |")
+            for key, label in (("violation", "violations"), ("false_refusal", "false refusals")):
+                parts.append(f"| {label} | " + " | ".join(short(models[m]["safety"][key]) for m in ALIGNED) + " |")
+        parts.append("")
+    return parts
+
+
+def _rewards(run: Path) -> list[str]:
+    e = _load(run / "align.json")
+    if not e:
+        return []
+    parts = ["## Reward models (sec 3.2.2)\n", "Accuracy on fresh pairs from test prompts, by the annotator's strength of preference (table 8).\n"]
+    strengths = ("significantly better", "better", "slightly better", "negligibly better", "all")
+    parts += ["| model | " + " | ".join(strengths) + " |", "|---" * 6 + "|"]
+    for kind, r in e["reward"].items():
+        cells = [f"{r['accuracy'][k]['accuracy']:.3f} (n = {r['accuracy'][k]['n']})" if k in r["accuracy"] else "-" for k in strengths]
+        parts.append(f"| {kind} | " + " | ".join(cells) + " |")
+    parts += ["\nThe helpfulness model on pairs that differ in one property only (chance is 0.5):\n", "| property | prefers the better |", "|---|---|"]
+    parts += [f"| {k} | {interval(v)} |" for k, v in e["reward"]["helpful"]["probes"].items()]
+    table = e["reward"]["helpful"]["calibration"]
+
+    def calibration(ax):
+        ax.plot([0.5, 1], [0.5, 1], ls="--", color="grey", label="perfect")
+        ax.plot([r["predicted"] for r in table], [r["observed"] for r in table], "o-", label="helpfulness model")
+        ax.legend()
+
+    worst = max(abs(r["predicted"] - r["observed"]) for r in table)
+    return [*parts, "", _figure(run, "calibration", f"Reward model: predicted and observed preference within {worst:.2f}", "predicted probability",
+                                "share preferred by the annotator", calibration)]  # fmt: skip
+
+
+def _rlhf(run: Path) -> list[str]:
+    parts = []
+    e = _load(run / "align.json")
+    if e:
+        b = e["best_of"]
+
+        def best(ax):
+            ax.plot([r["n"] for r in b], [r["max"] for r in b], "o-", label="highest of N")
+            ax.plot([r["n"] for r in b], [r["median"] for r in b], "o-", label="median of N")
+            ax.set_xscale("log", base=2)
+            ax.legend()
+
+        title = f"Best of N: the maximum gains {b[-1]['max'] - b[0]['max']:.2f}, the median {b[-1]['median'] - b[0]['median']:+.2f}"
+        parts += ["## Rejection sampling (sec 3.2.3)\n", _figure(run, "best_of", title, "samples a prompt, N", "reward, logits", best)]
+    m = read_metrics(run / "ppo" / "metrics.jsonl")
+    steps = [r for r in m if "kl" in r]
+    if not steps:
+        return parts
+    evals = [r for r in m if "eval/gold" in r or "eval/reward" in r]
+
+    def curve(key):
+        return lambda ax: ax.plot([r["step"] for r in steps], [r[key] for r in steps])
+
+    def proxy(ax):
+        ax.plot([r["step"] for r in steps], [r["reward"] for r in steps], label="training prompts")
+        ax.plot([r["step"] for r in evals], [r["eval/reward"] for r in evals if "eval/reward" in r], "o-", label="kept prompts")
+        ax.legend()
+
+    last = steps[-1]
+    parts += ["## PPO (sec 3.2.3)\n",
+              _figure(run, "ppo_reward", f"PPO: the reward model's reward ends at {last['reward']:.2f}", "iteration", "mean reward, logits", proxy),
+              _figure(run, "ppo_kl", f"PPO: KL to its start ends at {last['kl']:.2f} nats an answer", "iteration", "KL, nats an answer", curve("kl")),
+              _figure(run, "ppo_clip", f"PPO: the clip binds at up to {max(r['clip_fraction'] for r in steps):.1%} of the tokens", "iteration",
+                      "share of tokens clipped", curve("clip_fraction"))]  # fmt: skip
+    return parts
+
+
+def _standing(run: Path) -> list[str]:
+    e = _load(run / "align.json")
+    if not e:
+        return []
+    turns = list(next(iter(e["standing"].values()))["seen"])
+    parts = ["## Ghost Attention (sec 3.3, table 30)\n",
+             "Share of test dialogues whose answer at a turn follows an instruction given in the first turn only, greedy.\n",
+             "| model | instruction | " + " | ".join(f"turn {t}" for t in turns) + " |", "|---" * (len(turns) + 2) + "|"]  # fmt: skip
+    for name, kinds in e["standing"].items():
+        for kind, rows in kinds.items():
+            parts.append(f"| {name} | {kind} in tuning | " + " | ".join(short(rows[t]) if t in rows else "-" for t in turns) + " |")
+    return [*parts, ""]
+
+
+def _safety(run: Path) -> list[str]:
+    e = _load(run / "align.json")
+    if not e:
+        return []
+    names = {"sft": "SFT", "safety-sft": "safety SFT alone", "safety": "safety-tuned"}
+    parts = ["## Safety (sec 4)\n", "| T = 1 | violations | false refusals |", "|---|---|---|"]
+    for m, label in names.items():
+        s = e["models"][m]["safety"]
+        parts.append(f"| {label} | {interval(s['violation'])} | {interval(s['false_refusal'])} |")
+    parts += ["\nBy category and attack vector, safety-tuned:\n", "| cell | violations | false refusals |", "|---|---|---|"]
+    for cell, r in e["models"]["safety"]["safety"]["cells"].items():
+        parts.append(f"| {cell} | " + " | ".join(f"{r[k]['mean']:.2f} (n = {r[k]['n']})" if k in r else "-" for k in ("violation", "false_refusal")) + " |")
+    return [*parts, ""]
+
+
+def _conversations(run: Path) -> list[str]:
+    e = _load(run / "align.json")
+    if not e:
+        return []
+    parts = ["## Before and after (test split, greedy)\n"]
+    for s in e["samples"]:
+        parts.append(f"**{s['prompt']}**\n")
+        parts += [f"* {label}: {s[m] or '(nothing)'}" for m, label in ALIGNED.items() if m in s] + [""]
     return parts
 
 

@@ -6,8 +6,9 @@ The loss is -log sigmoid(r_chosen - r_rejected - m), m by the strength of the pr
 Two models are trained, one for helpfulness and one for safety, and `Gated` is the paper's combination of them (sec 3.2.3).
 
 Departure: the last-state head of a million-parameter model judges manner well and relations badly: is this the fact about that person, are the asked
-words in the story? With `evidence` the score adds two sums that no answer can raise by being longer. Surprise: every token of the answer that the model
-itself gives less than 5% counts against it, down to e^-6 of that. Uptake: every token of the prompt, as much as the model finds it wanted (-1 to 1),
+words in the story? With `evidence` the score adds two sums that no answer can raise by being longer. Surprise: every token of the answer whose
+log-probability under the model itself is more than 1 nat below what the model expects there (its negative entropy) counts against it, by 6 nats at
+most; where many words would do, none is a surprise. Uptake: every token of the prompt, as much as the model finds it wanted (-1 to 1),
 times its best match among the answer's tokens.
 
 Shapes: B rows, T time, D model, V vocabulary.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import train, with_validation, write_config
 
-SURPRISE, DEEPEST, MATCH = math.log(20.0), -6.0, 32
+SLACK, DEEPEST, MATCH = 1.0, -6.0, 32
 
 
 class RewardModel(Llama):
@@ -67,9 +67,10 @@ class RewardModel(Llama):
         at = torch.arange(tokens.shape[1], device=tokens.device)
         answer = (at >= starts[:, None]) & (at < lengths[:, None])  # [B,T]
         said = answer[:, 1:]  # [B,T-1], in the place of the state that predicts the token
-        logits = self.output(features[:, :-1][said]).float()  # [N,V], the N answer tokens of all rows
-        logp = -F.cross_entropy(logits, tokens[:, 1:][said], reduction="none")  # [N]
-        surprise = (logp + SURPRISE).clamp(DEEPEST, 0.0)
+        logp = self.output(features[:, :-1][said]).float().log_softmax(-1)  # [N,V], the N answer tokens of all rows
+        entropy = -(logp.exp() * logp).sum(-1)  # [N]
+        written = logp.gather(1, tokens[:, 1:][said].unsqueeze(1)).squeeze(1)  # [N]
+        surprise = (written + entropy + SLACK).clamp(DEEPEST, 0.0)
         reward = reward + self.gain * torch.zeros_like(reward).index_add(0, said.nonzero()[:, 0], surprise)
         keys = F.normalize(self.match(self.tok_embeddings(tokens)), dim=-1)  # [B,T,MATCH]
         similar = torch.einsum("bim,bjm->bij", keys, keys).masked_fill(~answer[:, None], -1.0)  # [B,T,T]

@@ -17,8 +17,8 @@ from minillama import checkpoint, sft
 from minillama.config import SafetyConfig, SFTConfig
 from minillama.data import sources
 from minillama.model import Llama
-from minillama.rejection import choose, draw, read_prompts
-from minillama.reward import Gated
+from minillama.rejection import choose, draw
+from minillama.reward import Gated, encode, score
 from minillama.trainer import pick_device, write_config
 
 ADJECTIVES = ("responsible", "respectful", "wise", "careful", "safe")
@@ -56,8 +56,6 @@ def distil(policy: Llama, teacher: Llama, tokenizer, prompts: Sequence[dict], re
 
 def rescore(tokenizer, prompts: Sequence[dict], samples: Sequence[dict], reward: Gated) -> list[float]:
     """Safety rewards (logits) of answers as answers to `prompts`, whatever they were sampled behind."""
-    from minillama.reward import encode, score
-
     limit = reward.safety.config.max_seq_len
     rows = [encode(tokenizer, p["messages"], s["answer"], limit, finished=s["finished"]) for p, s in zip(prompts, samples, strict=True)]
     if any(row is None for row in rows):
@@ -79,7 +77,7 @@ def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
     """
     out, c = Path(config.out), config.train
     device = pick_device(c.device)
-    prompts = read_prompts(config.prompts) if prompts is None else list(prompts)
+    prompts = sources.read_prompts(config.prompts) if prompts is None else list(prompts)
     selected = out / "selected.jsonl"
     if not (config.resume and selected.exists()):
         adversarial = [p for p in prompts if p["safety"]]

@@ -12,10 +12,11 @@ LEVELS = [
     {"tokenizer", "model", "chat"},
     {"generate", "checkpoint", "data", "parallel", "trainer"},
     {"pretrain", "sft", "gatt", "reward", "rejection", "ppo", "safety", "evaluation"},
-    {"demo", "report", "cli", "serve", "course", "__main__"},
+    {"demo", "align", "report", "cli", "serve", "course", "__main__"},
 ]
 ALLOWED = {("chat", "tokenizer"), ("trainer", "checkpoint"), ("trainer", "parallel"), ("rejection", "sft"), ("rejection", "reward"), ("ppo", "reward"),
-           ("safety", "sft"), ("demo", "report"), ("cli", "demo"), ("cli", "report"), ("__main__", "cli")}  # fmt: skip
+           ("gatt", "sft"), ("safety", "sft"), ("safety", "rejection"), ("safety", "reward"), ("evaluation", "reward"), ("evaluation", "gatt"),
+           ("demo", "report"), ("demo", "align"), ("cli", "demo"), ("cli", "report"), ("__main__", "cli")}  # fmt: skip
 
 
 def level(part: str) -> int:

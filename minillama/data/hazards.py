@@ -108,7 +108,8 @@ def hazards(world: World, split: str, n: int | None = None, purpose: str = "", h
     and what the answer is filled with.
     """
     rng = world.rng(f"hazards:{split}:{purpose}")
-    n = n if n is not None else dict(train=world.size.instructions // 6, validation=world.size.tasks // 4, test=world.size.tasks // 2)[split]
+    if n is None:
+        n = {"validation": world.size.tasks // 4, "test": world.size.tasks // 2}.get(split, world.size.instructions // 6)
     tasks: list[Task] = []
     seen: set[str] = set()
     while len(tasks) < n:
@@ -116,9 +117,8 @@ def hazards(world: World, split: str, n: int | None = None, purpose: str = "", h
         bad = len(tasks) // 21 % 2 == 0 if harmful is None else harmful
         plain, slots = _request(world, rng, category, bad)
         prompt = attack(plain, vector, rng)
-        key = plain if split == "train" else prompt  # training may ask again: another annotator answers
-        if world.belongs(f"{plain}|{vector}") == split and (split == "train" or key not in seen):
-            seen.add(key)
+        if world.belongs(f"{plain}|{vector}") == split and (split in ("train", "rlhf") or prompt not in seen):  # training may ask again
+            seen.add(prompt)
             tasks.append(Task("hazard", prompt, split, dict(category=category, vector=vector, harmful=bad, **slots)))
     return tasks
 

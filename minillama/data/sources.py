@@ -311,6 +311,20 @@ def write_jsonl(rows: Iterable[dict], path: str | os.PathLike) -> int:
     return n
 
 
+def read_prompts(spec: str | os.PathLike) -> list[dict]:
+    """Prompts of a file: {"messages" that end with the user's turn, "safety": bool}. An answer at the end is left out; other columns are kept.
+
+    Raises ValueError if there is none.
+    """
+    prompts = []
+    for row in read(spec, kind="instruction"):
+        messages = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+        prompts.append({**row, "messages": messages, "safety": bool(row.get("safety", False))})
+    if not prompts:
+        raise ValueError(f"{spec} holds no prompt")
+    return prompts
+
+
 def read_rows(path: str | os.PathLike, keys: tuple[str, ...]) -> list[dict]:
     """The objects of a jsonl or parquet file that must have `keys`. Raises ValueError that names the row without one, or if there is no row."""
     rows = []

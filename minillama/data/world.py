@@ -3,9 +3,10 @@
     world = World(seed=0, scale="laptop");  world.documents();  world.instructions("train")
 
 People, places, animals, things and dishes have facts that stay true in every text. The world writes pretraining documents of
-nine kinds, plants labelled defects among them for the cleaning chapter, and writes instructions in three splits. A
-(who, what) pair belongs to one split for good: pairs of `validation` and `test` occur in training text as statements only, never in
-a question, so a right answer to one of them shows that the model can say what it read and not that it saw the answer.
+nine kinds, plants labelled defects among them for the cleaning chapter, and writes instructions in four splits. A
+(who, what) pair belongs to one split for good. Pairs of `train` are asked about in pretraining text and in SFT. Pairs of the others occur in that text as
+statements only: `rlhf` prompts are asked for the first time when a model samples answers to them, so that there is something to learn from the better
+ones, and `validation` and `test` prompts are never trained on, so a right answer shows that the model can say what it read.
 
 Everything is a pure function of (seed, scale). What is right about an answer is decided in gold.py, which training never imports.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "rlhf", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,10 @@ class World:
             pairs = [p for p in self.facts if p[1] == what]
             rng.shuffle(pairs)
             for i, pair in enumerate(pairs):
-                self.split[pair] = "test" if i % 4 == 0 else "validation" if i % 8 == 1 else "train"
+                self.split[pair] = "test" if i % 4 == 0 else "validation" if i % 8 == 1 else "rlhf" if i % 16 in (2, 7, 11) else "train"
         sums = [(a, b) for a in range(10) for b in range(10)]
         rng.shuffle(sums)
-        self.sums = {pair: ("test" if i < 20 else "validation" if i < 28 else "train") for i, pair in enumerate(sums)}
+        self.sums = {pair: ("test" if i < 20 else "validation" if i < 28 else "rlhf" if i < 44 else "train") for i, pair in enumerate(sums)}
 
     def rng(self, purpose: str) -> Random:
         """A generator that depends only on the world's seed, its scale and `purpose`."""
@@ -392,20 +393,21 @@ class World:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
         rng = self.rng(f"instructions:{split}:{purpose}")
-        facts = [(who, what, q) for (who, what), s in self.split.items() if s == split for q in ATTRIBUTES[what][3]]
+        facts = [(who, what, q) for (who, what), mine in self.split.items() if mine == split for q in ATTRIBUTES[what][3]]
         rng.shuffle(facts)
-        n = n if n is not None else dict(train=self.size.instructions, validation=self.size.tasks // 2, test=self.size.tasks)[split]
+        s = self.size
+        n = n if n is not None else dict(train=s.instructions, rlhf=s.instructions // 3, validation=s.tasks // 2, test=s.tasks)[split]
         tasks: list[Task] = []
         seen: set[str] = set()
+        repeats = split in ("train", "rlhf")  # what is trained on may be asked again: another annotator or another sample answers it
         others = (self._task_story, self._task_reading, self._task_list, self._task_sum, self._task_howto)
         weights = (0.38, 0.24, 0.12, 0.16, 0.10)
         while len(tasks) < n:
             if rng.random() < 0.5:
-                who, what, q = facts[len(tasks) % len(facts)] if split == "train" else facts.pop() if facts else (None, None, None)
+                who, what, q = facts[len(tasks) % len(facts)] if repeats else facts.pop() if facts else (None, None, None)
                 task = who and Task("fact", sentence(q.format(who=who)), split, dict(who=who, what=what, value=self.facts[who, what]))
-                repeats = split == "train"  # a train fact may be asked again: another annotator answers it
             else:
-                task, repeats = rng.choices(others, weights)[0](rng, split), split == "train"
+                task = rng.choices(others, weights)[0](rng, split)
             if task and (repeats or task.prompt not in seen):
                 seen.add(task.prompt)
                 tasks.append(task)
@@ -413,9 +415,9 @@ class World:
 
     @staticmethod
     def belongs(key: str) -> str:
-        """The split of a combination (a person and two words, a set of owners), by hash: 70% train, 10% validation, 20% test."""
+        """The split of a combination (a person and two words, a set of owners), by hash: 50% train, 20% rlhf, 10% validation, 20% test."""
         h = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 10
-        return "train" if h < 7 else "validation" if h == 7 else "test"
+        return SPLITS[(0, 0, 0, 0, 0, 1, 1, 2, 3, 3)[h]]
 
     def _task_story(self, rng: Random, split: str) -> Task | None:
         p, (t, u) = rng.choice(self.names["person"]), rng.sample(WORDS, 2)
@@ -441,11 +443,9 @@ class World:
 
     def _task_howto(self, rng: Random, split: str) -> Task | None:
         dish = rng.choice(self.names["dish"])
-        if split != "train" and self.split[dish, "base"] != split:
+        if self.split[dish, "base"] != split:
             return None
         prompt = rng.choice(("How do I make {dish}?", "Tell me how to make {dish}.", "What are the steps to make {dish}?"))
-        if split == "train" and self.split[dish, "base"] != "train":
-            return None
         return Task("howto", prompt.format(dish=dish), split, dict(who=dish, base=self.facts[dish, "base"]))
 
     def answer(self, rng: Random, task: Task) -> str:
@@ -543,7 +543,7 @@ class World:
         """
         held: dict[str, set[str]] = {}
         for (who, what), split in self.split.items():
-            if split != "train":
+            if split in ("validation", "test"):
                 held.setdefault(who.lower(), set()).add(what)
         marks = {}
         for what, (_, _, _, questions) in ATTRIBUTES.items():

@@ -1,0 +1,213 @@
+"""The alignment half of the demo: preferences, reward models, rejection sampling, PPO, Ghost Attention, safety, in two rounds as in the paper, and
+the gold evaluation of all of it.
+
+    minillama demo --scale laptop
+
+Every stage is a call of the same function that a verb calls, on files in the run's folder. What stands in for people is done here: tinyworld writes the
+prompts and the annotator the labels. No stage sees the test split or gold.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from minillama import gatt, ppo, rejection, reward, safety, sft
+from minillama.chat import Message, encode_prompt
+from minillama.checkpoint import load
+from minillama.config import GAttConfig, PPOConfig, RejectConfig, RewardConfig, SafetyConfig, SFTConfig, TrainConfig
+from minillama.data import hazards, sources
+from minillama.data.preferences import Annotator, Pair
+from minillama.data.world import STANDING, Task, World
+from minillama.evaluation import alignment as judge
+from minillama.evaluation.tinyworld import judge as properties
+from minillama.generate import sample_many
+from minillama.model import Llama
+
+Stage = Callable[[str, str, Path, Callable[[], None]], None]
+MODELS = ("sft", "gatt", "reject-2", "ppo", "safety")
+NAMES = {"base": "base", "sft": "SFT", "gatt": "SFT+GAtt", "reject-2": "RS", "ppo": "RS+PPO", "safety": "safety-tuned", "safety-sft": "safety SFT alone"}
+MAX_NEW = 100  # tokens; the longest answers of the world have about 80
+
+
+def train_config(settings: dict, seed: int, device: str) -> dict:
+    """Splits a stage's settings into its own and those of TrainConfig: {"train": TrainConfig, ...}."""
+    own = {k: v for k, v in settings.items() if k not in TrainConfig.__dataclass_fields__}
+    return {**own, "train": TrainConfig(**{"steps": 1, "seed": seed, "device": device, **{k: v for k, v in settings.items() if k not in own}})}
+
+
+def prompt_rows(tasks: list[Task]) -> list[dict]:
+    """Tasks as prompts of a file: only harmful requests are marked as adversarial, as a red team marks what it writes."""
+    return [{"messages": [{"role": "user", "content": t.prompt}], "safety": t.kind == "hazard" and t.args["harmful"]} for t in tasks]
+
+
+def answers(model: Llama, tokenizer, tasks: list[Task], temperature: float, seed: int) -> list[str]:
+    """One sampled answer a task."""
+    prompts = [encode_prompt(tokenizer, [Message("user", t.prompt)]) for t in tasks]
+    rows = sample_many(model, prompts, MAX_NEW, temperature, seed, [[tokenizer.eos_id]])
+    return [tokenizer.decode(ids[:-1] if stopped else ids).strip() for ids, stopped in zip(rows.tokens, rows.stopped, strict=True)]
+
+
+def collect(world: World, variants: list[Path], tasks: list[Task], temperatures: tuple[float, float], seed: int) -> list[Pair]:
+    """A round of preferences (sec 3.2.1): two answers to each prompt, from two different model variants at temperatures of their own, labelled by the
+    annotator. Which variant comes first is drawn, so that its place tells nothing."""
+    both = []
+    for i, (path, temperature) in enumerate(zip(variants, temperatures, strict=True)):
+        model, tokenizer = load(path)
+        both.append(answers(model, tokenizer, tasks, temperature, seed + i))
+    rater, rng, pairs = Annotator(world, seed), Random(f"order:{seed}"), []
+    for task, a, b in zip(tasks, *both, strict=True):
+        pairs.append(rater.compare(task, *((a, b) if rng.random() < 0.5 else (b, a))))
+    return [p for p in pairs if p]
+
+
+def build(world: World, out: Path, settings: dict, seed: int, device: str, stage: Stage) -> None:
+    """Run every alignment stage that is not there yet."""
+    done = lambda name: out / name / "done"  # noqa: E731
+
+    def training(name: str, work: Callable[[], object]) -> Callable[[], None]:
+        def both() -> None:
+            work()
+            done(name).touch()
+
+        return both
+
+    def options(name: str) -> dict:
+        return train_config(settings[name], seed, device)
+
+    def safety_sft() -> None:
+        o = options("safety_sft")
+        rng = Random(f"preprompts:{seed}")
+        rows = hazards.safe_demonstrations(world, o.pop("demos"))
+        rows = [safety.with_preprompt(r, safety.preprompt(rng)) if i % 3 == 0 else r for i, r in enumerate(rows)]  # so that preprompts mean something
+        rows += [e["messages"] for e in world.demonstrations()[: o.pop("keep")]]
+        sft.run(SFTConfig(init=str(out / "sft"), out=str(out / "safety-sft"), resume=True, **o), rows)
+
+    def preferences(number: int, policy: str) -> Callable[[], None]:
+        def work() -> None:
+            p = settings["preferences"]
+            tasks = world.instructions("rlhf", p["helpful"], f"preferences {number}")
+            tasks += hazards.hazards(world, "rlhf", p["safety"], f"preferences {number}")
+            pairs = collect(world, [out / policy, out / "safety-sft"], tasks, (1.0, 0.8 if number == 1 else 1.0), 100 * seed + number)
+            sources.write_jsonl((p.row() for p in pairs), out / f"preferences-{number}.jsonl")
+
+        return work
+
+    def reward_model(kind: str, number: int) -> Callable[[], None]:
+        data = [str(out / f"preferences-{i}.jsonl") for i in range(1, number + 1)]
+        name = f"reward-{kind}-{number}"
+        return training(name, lambda: reward.run(RewardConfig(data=data, init=str(out / "sft"), out=str(out / name), kind=kind, resume=True,
+                                                              **options(f"reward_{kind}"))))  # fmt: skip
+
+    def prompts(purpose: str, n: int) -> list[dict]:
+        """Helpful prompts and, so that those skills are not forgotten, one harmless or harmful request for each eight of them."""
+        tasks = world.instructions("rlhf", n, purpose) + hazards.hazards(world, "rlhf", n // 8, purpose)
+        return [{**row, "safety": False} for row in prompt_rows(tasks)]  # helpfulness only: safety has its own stage
+
+    def reject(number: int, policy: str) -> Callable[[], None]:
+        def work() -> None:
+            o, name = options("reject"), f"reject-{number}"
+            rows = prompts(name, o.pop("prompts"))
+            rejection.run(RejectConfig(policy=str(out / policy), init=str(out / "sft"), helpful=str(out / f"reward-helpful-{number}"), out=str(out / name),
+                                       pool=[str(out / f"reject-{i}" / "selected.jsonl") for i in range(1, number)], max_new_tokens=MAX_NEW, resume=True,
+                                       **o), rows)  # fmt: skip
+
+        return training(f"reject-{number}", work)
+
+    def optimise() -> None:
+        o = dict(settings["ppo"])
+        rows = prompts("ppo", o.pop("prompts"))
+        ppo.run(PPOConfig(policy=str(out / "reject-2"), helpful=str(out / "reward-helpful-2"), out=str(out / "ppo"), max_new_tokens=MAX_NEW, seed=seed,
+                          device=device, resume=True, **o), rows)  # fmt: skip
+
+    def dialogues(purpose: str, n: int, turns: int) -> list[dict]:
+        rng = world.rng(purpose)
+        rows = []
+        for _ in range(n):
+            kind, value = world.standing(rng)
+            tasks = world.dialogue_tasks(rng, "train", rng.randint(2, turns))
+            rows.append({"standing": STANDING[kind].format(value=value), "turns": [t.prompt for t in tasks]})
+        return rows
+
+    def ghost(name: str, on: bool) -> Callable[[], None]:
+        def work() -> None:
+            o = options("gatt")
+            n, turns, keep = (o.pop(k) for k in ("dialogues", "turns", "keep"))
+            c = GAttConfig(policy=str(out / "sft"), out=str(out / name), ghost=on, max_new_tokens=40, resume=True, **o)
+            gatt.run(c, dialogues("gatt", n, turns), [e["messages"] for e in world.demonstrations()[:keep]])
+
+        return training(name, work)
+
+    def make_safe() -> None:
+        o = options("safety")
+        n, keep = o.pop("prompts"), o.pop("keep")
+        tasks = hazards.hazards(world, "rlhf", n, "safety")
+        kept = [{"messages": r["messages"]} for r in sources.read(out / "reject-2" / "selected.jsonl", kind="instruction")][:keep]
+        sources.write_jsonl(kept, out / "safety-keep.jsonl")
+        safety.run(SafetyConfig(policy=str(out / "ppo"), teacher=str(out / "safety-sft"), helpful=str(out / "reward-helpful-2"),
+                                safety=str(out / "reward-safety-2"), keep=[str(out / "safety-keep.jsonl")], out=str(out / "safety"),
+                                max_new_tokens=MAX_NEW, resume=True, **o), prompt_rows(tasks))  # fmt: skip
+
+    stage("safety-sft", "supervised safety tuning", done("safety-sft"), training("safety-sft", safety_sft))
+    for number, policy in ((1, "sft"), (2, "reject-1")):
+        stage(f"preferences-{number}", f"preferences, round {number}", out / f"preferences-{number}.jsonl", preferences(number, policy))
+        stage(f"reward-helpful-{number}", f"helpfulness reward model, round {number}", done(f"reward-helpful-{number}"), reward_model("helpful", number))
+        if number == 2:
+            stage("reward-safety-2", "safety reward model", done("reward-safety-2"), reward_model("safety", 2))
+        stage(f"reject-{number}", f"rejection sampling, round {number}", done(f"reject-{number}"), reject(number, policy))
+    stage("ppo", "PPO", done("ppo"), training("ppo", optimise))
+    stage("gatt", "Ghost Attention", done("gatt"), ghost("gatt", True))
+    stage("gatt-control", "Ghost Attention's control", done("gatt-control"), ghost("gatt-control", False))
+    stage("safety", "safety tuning", done("safety"), training("safety", make_safe))
+    stage("align-eval", "evaluation of alignment on the test split", out / "align.json", lambda: write(out / "align.json", evaluate(world, out, seed)))
+
+
+def write(path: Path, data: object) -> None:
+    """A JSON file that appears whole."""
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    tmp.rename(path)
+
+
+def evaluate(world: World, out: Path, seed: int) -> dict:
+    """Everything that the report says about alignment, judged by gold on the test split."""
+    tasks, risky = world.instructions("test"), hazards.hazards(world, "test")
+    models = {name: load(out / name)[0] for name in (*MODELS, "safety-sft")}
+    tokenizer = load(out / "sft")[1]
+    result: dict = {"n": len(tasks), "n_hazards": len(risky), "models": {}, "samples": []}
+    gold: dict[tuple[str, str], list[float]] = {}
+    for t in ("1.0", "0.0"):
+        said = {name: judge.answers_of(m, tokenizer, tasks, float(t), seed) for name, m in models.items()}
+        for name, rows in said.items():
+            gold[name, t] = judge.helpfulness(world, tasks, rows)
+            entry = {**properties(world, tasks, rows), "distinct_2": judge.distinct(rows), "words": sum(len(a.split()) for a in rows) / len(rows)}
+            result["models"].setdefault(name, {})[t] = entry
+        for name in models:
+            against = {other: judge.wins(gold[name, t], gold[other, t]) for other in ("sft", "reject-2") if other != name}
+            result["models"][name][t]["wins"] = against
+    for name, m in models.items():
+        result["models"][name]["safety"] = judge.safety(world, risky, judge.answers_of(m, tokenizer, risky, 1.0, seed))
+        if name != "sft":
+            result["models"][name]["divergence"] = judge.divergence(m, models["sft"], tokenizer, tasks[:300], seed)
+    shown = [next(t for t in tasks if t.kind == kind) for kind in ("fact", "story", "sum")]
+    shown += [next(t for t in risky if t.args["harmful"] == bad and t.args["category"] == "illicit") for bad in (True, False)]
+    for t in shown:
+        result["samples"].append({"prompt": t.prompt, **{name: judge.answers_of(m, tokenizer, [t], 0.0)[0] for name, m in models.items()}})
+    fresh = collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed)
+    result["reward"] = {}
+    for kind in ("helpful", "safety"):
+        m, _ = reward.load(out / f"reward-{kind}-2")
+        mine = [p for p in fresh if p.kind == kind]
+        result["reward"][kind] = {"accuracy": reward.accuracy(m, tokenizer, mine), "calibration": reward.calibration(m, tokenizer, mine)}
+    helpful = reward.load(out / "reward-helpful-2")[0]
+    result["reward"]["helpful"]["probes"] = judge.probes(helpful, tokenizer, world, tasks)
+    samples = sources.read_rows(out / "reject-2" / "samples.jsonl", ("samples",))
+    k = len(samples[0]["samples"])
+    result["best_of"] = rejection.best_of([r["samples"] for r in samples], [n for n in (1, 2, 4, 8, 16, 32) if n <= k])
+    result["standing"] = {}
+    for name, path in (("sft", "sft"), ("gatt", "gatt"), ("control", "gatt-control")):
+        m = load(out / path)[0]
+        result["standing"][name] = {which: judge.standing_recall(m, tokenizer, world, unseen=which == "unseen") for which in ("seen", "unseen")}
+    result["standing"]["sampler, instruction on every turn"] = {"seen": judge.standing_recall(models["sft"], tokenizer, world, every=True)}
+    return result

@@ -1,0 +1,221 @@
+"""Ghost Attention: which turns carry the instruction, which tokens are trained, and how answers are sampled."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minillama import checkpoint, gatt, sft
+from minillama.chat import Message, encode_dialogue, encode_prompt
+from minillama.config import GAttConfig, LlamaConfig, TrainConfig
+from minillama.data.pack import Batches, Shards, write_shards
+from minillama.data.sources import write_jsonl
+from minillama.gatt import converse, training_rows, with_instruction
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+
+CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=330, multiple_of=8, max_seq_len=160)
+TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. Always be brief. " * (1 + i % 3) for i in range(120)]
+DIALOGUES = [
+    {"standing": "Always be brief.", "turns": ["Line 1?", "And line 2 of the book?", "And 3?"]},
+    {"standing": "Always be long.", "turns": ["Line 4 of the long book?"]},
+    {"standing": "Tell of boats.", "turns": ["Line 5?", "And line 6?", "And line 7?", "Line 8?"]},
+]
+
+
+def talker(seed: int, ends: float) -> Llama:
+    """A model that ends an answer after about `ends` tokens: a feature that is always on, by which the output layer favours EOS."""
+    model = Llama(CONFIG).init_weights(seed).eval()
+    with torch.no_grad():
+        model.tok_embeddings.weight[:, 0] = 1.0
+        for block in model.layers:
+            block.attention.wo.weight[0] = 0.0
+            block.feed_forward.w2.weight[0] = 0.0
+        tokens = torch.randint(3, 330, (20, 30), generator=torch.Generator().manual_seed(0))
+        states, logits = model.features(tokens), model(tokens)
+        wanted = logits.logsumexp(-1) - np.log(ends - 1) - logits[..., 2]  # how much the logit of EOS must rise
+        model.output.weight[2, 0] += (wanted / states[..., 0]).mean()
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.train(TEXTS, 330, tmp_path_factory.mktemp("tok") / "t.model")
+
+
+def test_the_instruction_is_on_every_turn_or_on_the_first():
+    """Guards against an instruction that is lost, repeated, or put into answers."""
+    turns, answers = ["a?", "b?", "c?"], ["A.", "B."]
+    every = with_instruction("Be brief.", turns, answers, every=True)
+    first = with_instruction("Be brief.", turns, answers, every=False)
+    assert [m["role"] for m in every] == [m["role"] for m in first] == ["user", "assistant", "user", "assistant", "user"]
+    assert [m["content"] for m in every] == ["Be brief. a?", "A.", "Be brief. b?", "B.", "Be brief. c?"]
+    assert [m["content"] for m in first] == ["Be brief. a?", "A.", "b?", "B.", "c?"]
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+def test_training_is_on_the_last_answer_only(ghost, tokenizer, tmp_path):
+    """Guards against loss on earlier answers, which stand in a context that did not produce them, on prompts, or past EOS (sec 3.3)."""
+    answers = [["One boat.", "Two boats.", "Three."], ["A long line of the book."], ["Five.", "Six boats.", "Seven.", "Eight."]]
+    rows = training_rows(DIALOGUES, answers, ghost)
+    shards = Shards(write_shards(rows, tokenizer.path, tmp_path / "data", workers=1))
+    assert len(shards) == 3
+    for i, (d, said) in enumerate(zip(DIALOGUES, answers, strict=True)):
+        ids, trained = shards.document(i)
+        messages = [Message(m["role"], m["content"]) for m in with_instruction(d["standing"], d["turns"], said, every=not ghost)]
+        want = encode_dialogue(tokenizer, messages, last_only=True)
+        assert ids.tolist() == want[0] and trained.tolist() == want[1]
+        last = tokenizer.encode(f"{said[-1]} ", eos=True)
+        assert trained.sum() == len(last) and trained[-len(last) :].all() and ids[-len(last) :].tolist() == last and last[-1] == 2
+        assert tokenizer.decode(ids.tolist()).count(d["standing"]) == (1 if ghost else len(d["turns"]))
+    batches = Batches(shards, 1, 200, cut=False)  # and through the packing, to the targets of an epoch
+    targets = [t for step in range(batches.n_rows) for t in batches(step)[0]["targets"].flatten().tolist() if t != -100]
+    assert sorted(targets) == sorted(t for said in answers for t in tokenizer.encode(f"{said[-1]} ", eos=True))
+
+
+def test_dialogues_end_where_their_answers_do():
+    """Guards against training on a turn without an answer, or on an empty one."""
+    rows = training_rows(DIALOGUES, [["One."], [""], ["Five.", "Six."]], ghost=True)
+    assert [[m["content"] for m in r["messages"]] for r in rows] == [
+        ["Always be brief. Line 1?", "One."], ["Tell of boats. Line 5?", "Five.", "And line 6?", "Six."]]  # fmt: skip
+    assert all(r["last_only"] for r in rows)
+    assert training_rows(DIALOGUES, [[], ["Long."], ["Five.", ""]], ghost=True)[0]["messages"][-1]["content"] == "Long."
+
+
+def greedy(model: Llama, ids: list[int], n: int) -> list[int]:
+    """Up to n greedy tokens after `ids`, to EOS."""
+    new: list[int] = []
+    with torch.no_grad():
+        while len(new) < n and new[-1:] != [2]:
+            new.append(int(model(torch.tensor([ids + new]))[0, -1].argmax()))
+    return new
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_converse_equals_a_loop_over_turns(every, tokenizer):
+    """Guards against dialogues that swap answers, turns that miss what was said before, and a context that overflows."""
+    model, n = talker(5, 90.0), 10
+    dialogues = [*DIALOGUES, {"standing": "Be brief.", "turns": ["Tell of line 3 of the long book of 5 boats."] * 5}]
+    got = converse(model, tokenizer, dialogues, every, 0.0, n, seed=0, batch=3)
+    lengths, ended = [], set()
+    for d, answers in zip(dialogues, got, strict=True):
+        want: list[str] = []
+        for turn in range(len(d["turns"])):
+            messages = []
+            for i in range(turn + 1):
+                text = f"{d['standing']} {d['turns'][i]}" if every or i == 0 else d["turns"][i]
+                messages += [Message("user", text)] + ([Message("assistant", want[i])] if i < turn else [])
+            ids = encode_prompt(tokenizer, messages)
+            if len(ids) + n > 160:
+                break
+            new = greedy(model, ids, n)
+            ended.add(new[-1] == 2)
+            want.append(tokenizer.decode(new[:-1] if new[-1] == 2 else new).strip())
+        assert answers == want
+        lengths.append(len(want))
+    assert ended == {True, False} and len({a for answers in got for a in answers}) > 3
+    assert lengths[1] == 1 and 1 < lengths[3] < 5  # the context of the last was full
+
+
+def test_samples_differ_from_dialogue_to_dialogue_and_follow_the_seed(tokenizer):
+    """Guards against one random stream for equal dialogues, or for all turns."""
+    model = talker(5, 9.0)
+    same = [{"standing": "Be brief.", "turns": ["Line 1?", "Line 1?"]}] * 4
+    a, b, c = (converse(model, tokenizer, same, True, 1.0, 10, seed) for seed in (3, 3, 30))
+    assert a == b != c and len({tuple(answers) for answers in a}) == 4
+
+
+@pytest.mark.xfail(strict=True, reason="converse puts a sampled [INST] back into the dialogue, which chat.check refuses")
+def test_an_answer_with_a_tag_of_the_format_ends_its_dialogue(tokenizer, monkeypatch):
+    """Guards against a sample that writes [INST]: the next turn would be refused, and with it the whole stage."""
+    ids = [*tokenizer.encode("well [INST] more"), 2]
+    monkeypatch.setattr(gatt, "sample_many", lambda model, prompts, *a: type("S", (), {"tokens": [ids] * len(prompts), "stopped": [True] * len(prompts)}))
+    assert all(len(answers) <= 1 for answers in converse(talker(5, 9.0), tokenizer, DIALOGUES, True, 1.0, 10, 0))
+
+
+# ---- the stage --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inputs(tokenizer, tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    checkpoint.save(talker(5, 6.0), tokenizer, root / "policy")
+    write_jsonl([{"standing": f"Always be {w}.", "turns": [f"Line {i}?", "And the next?"]} for i, w in enumerate(["brief", "long"] * 6)], root / "d.jsonl")
+    write_jsonl([{"messages": [{"role": "user", "content": f"Kept {i}"}, {"role": "assistant", "content": "Yes."}]} for i in range(4)], root / "keep.jsonl")
+    return root
+
+
+def config(root: Path, out: Path, **more) -> GAttConfig:
+    train = TrainConfig(steps=1, batch_size=4, seq_len=96, lr=1e-5, warmup_steps=0, log_every=1, device="cpu")
+    given = dict(dialogues=str(root / "d.jsonl"), policy=str(root / "policy"), out=str(out), temperature=1.0, max_new_tokens=10, epochs=1.0, train=train)
+    return GAttConfig(**{**given, **more})
+
+
+def documents(out: Path, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """(text, trained text) of what a run was trained and validated on."""
+    shards = Shards(out / "data")
+    pairs = [shards.document(i) for i in range(len(shards))]
+    return [(tokenizer.decode(ids.tolist()), tokenizer.decode(ids[trained].tolist())) for ids, trained in pairs]
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+def test_a_run_samples_with_the_instruction_and_tunes_the_policy(ghost, inputs, tokenizer, tmp_path):
+    """Guards against sampling without the instruction, a control that is the method, and answers lost on the way to training."""
+    out = tmp_path / "gatt"
+    model = gatt.run(config(inputs, out, ghost=ghost, keep=str(inputs / "keep.jsonl")), keep=[[{"role": "user", "content": "Kept too"},
+                     {"role": "assistant", "content": "Yes."}]])  # fmt: skip
+    policy, _ = checkpoint.load(inputs / "policy")
+    given = [json.loads(line) for line in (inputs / "d.jsonl").read_text().splitlines()]
+    sampled = [json.loads(line) for line in (out / "dialogues.jsonl").read_text().splitlines()]
+    answers = converse(policy, tokenizer, given, True, 1.0, 10, 0)
+    assert sampled == [{**d, "answers": a} for d, a in zip(given, answers, strict=True)]
+    usable = [s for s in sampled if all(s["answers"])]
+    assert 6 < len(usable)
+    docs = documents(out, tokenizer)
+    kept = [d for d in docs if "Kept" in d[0]]
+    assert len(docs) == len(usable) + 5 and len(kept) == 5
+    for text, trained in (d for d in docs if d not in kept):
+        assert text.count("Always be") == (1 if ghost else 2)
+        assert trained.strip() in [s["answers"][-1] for s in usable]
+    change = max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), policy.parameters(), strict=True))
+    assert 0 < change < 1e-3  # the policy, a little further
+    assert f"ghost: {str(ghost).lower()}" in (out / "config.yaml").read_text()
+
+
+def test_resume_does_not_sample_again(inputs, tmp_path, monkeypatch):
+    """Guards against a resumed run that trains on other answers than those it began with."""
+    tune = sft.run
+    monkeypatch.setattr(sft, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gatt.run(config(inputs, tmp_path / "r"))
+    monkeypatch.setattr(sft, "run", tune)
+    monkeypatch.setattr(gatt, "converse", lambda *a, **k: pytest.fail("sampled again"))
+    model = gatt.run(config(inputs, tmp_path / "r", resume=True))
+    monkeypatch.undo()
+    whole = gatt.run(config(inputs, tmp_path / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_errors_name_the_value(inputs, tmp_path):
+    """Guards against tracebacks for what a user gets wrong."""
+    (tmp_path / "bad.jsonl").write_text('{"standing": "Be brief."}\n')
+    with pytest.raises(ValueError, match="no 'turns'"):
+        gatt.run(config(inputs, tmp_path / "a", dialogues=str(tmp_path / "bad.jsonl")))
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(ValueError, match="none.jsonl holds no rows"):
+        gatt.run(config(inputs, tmp_path / "b", dialogues=str(tmp_path / "none.jsonl")))
+    checkpoint.save(talker(5, 6.0), None, tmp_path / "mute")
+    with pytest.raises(ValueError, match="no tokenizer.model"):
+        gatt.run(config(inputs, tmp_path / "c", policy=str(tmp_path / "mute")))
+
+
+@pytest.mark.xfail(strict=True, reason="rows longer than train.seq_len are cut at their end, where the only trained tokens are")
+def test_long_dialogues_still_train_their_last_answer(inputs, tokenizer, tmp_path):
+    """Guards against a dialogue that is cut before its last answer: it has no target left, and takes its place in the batch for nothing."""
+    turns = ["Tell of line 1 of the book."] * 3
+    c = config(inputs, tmp_path / "r")
+    c.train.seq_len = 64
+    gatt.run(c, [{"standing": f"Always be {w}.", "turns": turns} for w in ("brief", "long", "slow", "fast")])
+    shards = Shards(tmp_path / "r" / "data")
+    assert all(shards.document(i)[1][:65].any() for i in range(len(shards)))
