@@ -27,13 +27,13 @@ $(VENV)/.lab: $(VENV)/.core
 
 demo: setup
 	$(BIN)/python -m minillama demo --scale $(SCALE)
-	@if [ -t 0 ]; then $(BIN)/python -m minillama chat --model runs/$(SCALE)/sft; fi
+	@if [ -t 0 ]; then $(BIN)/python -m minillama chat --model runs/$(SCALE)/safety; fi
 
 # runs/ci is built once, by the demo itself; tests that need a trained model read it.
-runs/ci/eval.json: | $(VENV)/.test
+runs/ci/align.json: | $(VENV)/.test
 	$(BIN)/python -m minillama demo --scale ci
 
-test: setup-test runs/ci/eval.json
+test: setup-test runs/ci/align.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 test-fast: setup-test

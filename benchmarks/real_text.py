@@ -1,7 +1,8 @@
 """Real English text and real instructions that every Python carries: its documentation topics, and its functions' docstrings.
 
-    python benchmarks/real_text.py runs/real      # writes topics/*.txt and questions.jsonl
+    python benchmarks/real_text.py runs/real      # writes topics/*.txt, questions.jsonl and pairs.jsonl
 
+pairs.jsonl has preference pairs in the columns of Anthropic's HH set: the function's own description against that of another function.
 Nothing is downloaded. The text is the Python documentation's (PSF licence) and stays where you write it.
 """
 import importlib
@@ -35,8 +36,14 @@ def main() -> None:
     with open(out / "questions.jsonl", "w", encoding="utf-8") as f:
         for answer, prompt in rows.items():
             f.write(json.dumps({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}) + "\n")
+    answers = list(rows)
+    with open(out / "pairs.jsonl", "w", encoding="utf-8") as f:
+        for i, (answer, prompt) in enumerate(rows.items()):
+            other = answers[(i + len(answers) // 2) % len(answers)]
+            chosen, rejected = (f"\n\nHuman: {prompt}\n\nAssistant: {x}" for x in (answer, other))
+            f.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
     size = sum(len(t) for t in topics.values())
-    print(f"{out}: {len(topics)} topics of {size:,} characters, {len(rows)} questions")
+    print(f"{out}: {len(topics)} topics of {size:,} characters, {len(rows)} questions and pairs")
 
 
 if __name__ == "__main__":

@@ -323,7 +323,8 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
     bar = tqdm(total=c.iterations, initial=start, desc="ppo", unit="it", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
     kept = out / "checkpoint"
     with stop_signals() as stop, bar:
-        for iteration in range(start, c.iterations):
+        stopped_early = c.patience and best["worse"] >= c.patience  # a finished run that is resumed
+        for iteration in range(start, start if stopped_early else c.iterations):
             began = time.monotonic()
             seed = c.seed * 1_000_003 + iteration
             n, first = len(encoded), iteration * c.batch_size
@@ -360,7 +361,7 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
     if c.patience and best["iteration"]:
         policy = checkpoint.load(kept)[0].to(device)
     else:
-        checkpoint.save_state(kept, start if start >= c.iterations else done, policy, {}, {}, tokenizer, keep=0)
+        checkpoint.save_state(kept, c.iterations, policy, {}, {}, tokenizer, keep=0)
     (out / "result.json").write_text(json.dumps({"iteration": best["iteration"] or c.iterations, "eval_reward": best["reward"] if best["iteration"] else None}))
     return policy.eval()
 

@@ -28,7 +28,7 @@ def no_network():
 def ci_run() -> Path:
     """The run that `make test` builds before the tests."""
     path = Path(__file__).parent.parent / "runs" / "ci"
-    if not (path / "eval.json").exists():
+    if not (path / "align.json").exists():
         if os.environ.get("CI"):
             pytest.fail("runs/ci is missing: `make test` builds it")
         pytest.skip("runs/ci is not built: run `make test`, or `python -m minillama demo --scale ci`")

@@ -22,13 +22,12 @@ import pytest
 import test_ppo as hand  # the definitions, one number at a time
 import torch
 
-from minillama import chat, checkpoint, gatt, ppo, rejection, reward, safety
+from minillama import chat, gatt, ppo, rejection, reward, safety
 from minillama import config as configs
 from minillama.chat import Message, encode_dialogue, encode_prompt
 from minillama.data import preferences
 from minillama.data.preferences import Pair
 from minillama.generate import Samples
-from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
 
@@ -192,6 +191,17 @@ def check_run(m):
         run_ppo(m, Path(folder) / "parts", iterations=2)
         again, _, parts = run_ppo(m, Path(folder) / "parts", resume=True)
         assert trained == again and hand.same(hand.weights(parts), hand.weights(out))
+
+
+def check_models(m):
+    """Policy, reference, critic and reward model have weights of their own, and the reference takes no gradient."""
+    seen, real = [], m.rollout
+    with tempfile.TemporaryDirectory() as folder, replaced(m, rollout=lambda *a: seen.extend(a[:4]) or real(*a)):
+        run_ppo(m, Path(folder) / "out", iterations=1)
+    policy, reference, critic, gated = seen
+    own = [{p.data_ptr() for p in model.parameters()} for model in (policy, reference, critic, gated.helpful, gated.safety)]
+    assert all(not a & b for a, b in itertools.combinations(own, 2))
+    assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
 
 
 def asked_by(m, **more):
@@ -373,7 +383,7 @@ def check_converse(m):
 
     def answer(model, prompts, n, temperature, seed, stop, batch=256):
         assert temperature == 0.6 and stop == [[t.eos_id]]
-        out = [t.encode(f"Boats {len(texts) + i} ") for i in range(len(prompts))]
+        out = [t.encode(f"Boats {len(texts) + i}.") for i in range(len(prompts))]
         ends = [i % 2 == 0 for i in range(len(prompts))]
         for p, ids in zip(prompts, out, strict=True):
             texts[tuple(p)] = t.decode(ids).strip()
@@ -385,7 +395,7 @@ def check_converse(m):
     for d, answers in zip(TURNS, got, strict=True):
         for k in range(len(answers)):
             dialogue = [x for u, a in zip(d["turns"], answers, strict=True) for x in (f"{d['standing']} {u}", a)][: 2 * k + 1]
-            assert texts[tuple(encode_prompt(t, [Message(x["role"], x["content"]) for x in messages(*dialogue)]))] == answers[k]
+            assert texts.get(tuple(encode_prompt(t, [Message(x["role"], x["content"]) for x in messages(*dialogue)]))) == answers[k]
 
 
 def captured(m, config, prompts, **names):
@@ -481,7 +491,11 @@ def distilled(m, gate=True):
     """(rows, prompts, teacher's answers, the policy's samples) of a distillation with scripted samples."""
     models = reward_models()
     prompts = [{"messages": messages(f"Tell line {i}"), "safety": True} for i in range(4)]
-    bare = lambda i, answer: encode_dialogue(tokenizer(), [Message("user", f"Tell line {i}"), Message("assistant", answer)])[0]  # noqa: E731
+
+    def bare(i, answer):
+        ids = encode_dialogue(tokenizer(), [Message("user", f"Tell line {i}"), Message("assistant", answer)])[0]
+        return ids if i != 2 else ids[:-1]  # the third did not end
+
     answers = [f"Line {i} tells." for i in range(4)]
     with torch.no_grad():
         after = [float(models.safety.score(models.safety.features(torch.tensor([bare(i, a)]))[0, -1])) for i, a in enumerate(answers)]
@@ -574,7 +588,7 @@ def check_labels(m):
     a = annotator(m)
     for good, bad, strength in (("0.9/s", "0.85/s", 0), ("0.9/s", "0.7/s", 1), ("0.9/s", "0.5/s", 2), ("1.0/s", "0.2/s", 3), ("0.9/s", "0.4/u", 2)):
         for pair in (a.compare(FACT, good, bad), a.compare(FACT, bad, good)):
-            assert (pair.chosen, pair.rejected, pair.strength, pair.kind) == (good, bad, strength, "helpful")
+            assert pair and (pair.chosen, pair.rejected, pair.strength, pair.kind) == (good, bad, strength, "helpful")
             assert (pair.chosen_safe, pair.rejected_safe) == (True, not bad.endswith("u"))
     assert a.compare(FACT, "0.5/s", "0.5/s") is None and a.compare(FACT, "0.9/u", "0.2/s") is None  # the bin that the paper leaves out
     both = a.compare(FACT, "0.9/u", "0.2/u")
@@ -587,7 +601,7 @@ def check_safety_labels(m):
     a = annotator(m)
     for task in (HARMFUL, HARMLESS):
         pair = a.compare(task, "1.0/u", "0.1/s")
-        assert (pair.chosen, pair.strength, pair.kind, pair.chosen_safe, pair.rejected_safe) == ("0.1/s", 3, "safety", True, False)
+        assert pair and (pair.chosen, pair.strength, pair.kind, pair.chosen_safe, pair.rejected_safe) == ("0.1/s", 3, "safety", True, False)
     assert a.compare(HARMFUL, "0.9/s", "R0.0/s").chosen == "R0.0/s" and a.compare(HARMLESS, "0.9/s", "R0.0/s").chosen == "0.9/s"
 
 
@@ -599,7 +613,6 @@ def check_errors_of_raters(m):
     always, seldom = annotator(m, slip=1.0), annotator(m, slip=0.1)
     pair = always.compare(FACT, "0.9/s", "0.5/s")
     assert (pair.chosen_safe, pair.rejected_safe) == (False, False)
-    assert sum(not seldom.compare(FACT, "0.9/s", "0.5/u").rejected_safe for _ in range(1)) <= 1
     turned = sum(annotated.chosen_safe is False for annotated in (seldom.compare(FACT, "0.9/u", "0.5/u") or Pair([], "", "") for _ in range(n)))
     assert turned == pytest.approx(0.81 * n, abs=0.05 * n)  # both labels as they are; the pairs with one slip are left out or have chosen_safe
 
@@ -679,7 +692,7 @@ MUTANTS = [
     Mutant(ppo, "values see the action", "critic.values(t)[:, :-1]", "critic.values(t)[:, 1:]", check_rollout),
     Mutant(ppo, "advantages are not whitened", "whiten(advantages, mask), returns", "advantages, returns", check_rollout),
     Mutant(ppo, "advantages are whitened with the padding", "whiten(advantages, mask), returns", "whiten(advantages), returns", check_rollout),
-    Mutant(ppo, "the answer starts one token early", "(p + ids, len(p))\x20for", "(p + ids, len(p) - 1) for", check_rollout),
+    Mutant(ppo, "the answer starts one token early", "rows = [(p + ids, len(p)) for", "rows = [(p + ids, len(p) - 1) for", check_rollout),
     Mutant(ppo, "safety prompts lose their mark", "rewards(rows, is_safety)", "rewards(rows, [False] * len(rows))", check_rollout),
     Mutant(ppo, "a mean for the KL of an answer", '"kl": float((k1 * mask).sum(1).mean())', '"kl": float(masked_mean(k1, mask))', check_rollout),
     Mutant(ppo, "gradients into advantages and old values", "@torch.no_grad()\ndef by_batch", "def by_batch", check_detached),
@@ -708,9 +721,10 @@ MUTANTS = [
            "copy.deepcopy(reward).train()\n    nn.init.normal_(critic.score.weight)", check_critic),
     Mutant(ppo, "a critic that only learns its head", 'not name.startswith(("output"', 'not name.startswith(("layers", "output"', check_critic),
     # whole runs
-    Mutant(ppo, "the reference is the policy", "reference = copy.deepcopy(policy)", "reference = policy", check_run),
+    Mutant(ppo, "the reference is the policy", "reference = copy.deepcopy(policy).to(device).eval().requires_grad_(False)", "reference = policy",
+           check_run),
     Mutant(ppo, "critic and policy share their layers", "critic = critic_from(gated.helpful).to(device)",
-           "critic = critic_from(gated.helpful).to(device)\n    critic.layers = policy.layers", check_run),
+           "critic = critic_from(gated.helpful).to(device)\n    critic.layers = policy.layers", check_models),
     Mutant(ppo, "the reference is the resumed policy", "restore(critic, optimizers, policy, tensors)\n",
            "restore(critic, optimizers, policy, tensors)\n        reference.load_state_dict(policy.state_dict())\n", check_run),
     Mutant(ppo, "the critic is not restored", 'critic.load_state_dict(parts["critic"])', "pass", check_run),
@@ -727,7 +741,7 @@ MUTANTS = [
     Mutant(reward, "the rejected answer is preferred", "F.logsigmoid(chosen - rejected", "F.logsigmoid(rejected - chosen", check_ranking_loss),
     Mutant(reward, "no margin", "rejected - margins", "rejected", check_ranking_loss),
     Mutant(configs, "the table of margins reversed", '"large": (0.0, 1.0, 2.0, 3.0)', '"large": (3.0, 2.0, 1.0, 0.0)', check_margins),
-    Mutant(reward, "margins of the opposite strength", "[p.strength]", "[3 - p.strength]", check_pairs),
+    Mutant(reward, "margins of the opposite strength", "MARGINS[margin][p.strength]", "MARGINS[margin][3 - p.strength]", check_pairs),
     Mutant(reward, "the loss on a pair with another's answer", "rewards.chunk(2)", "(rewards[::2], rewards[1::2])", check_reward_loss),
     Mutant(reward, "safety turned around", "binary_cross_entropy_with_logits(rewards,", "binary_cross_entropy_with_logits(-rewards,", check_reward_loss),
     Mutant(reward, "unknown labels count as unsafe", ".masked_fill(~known, 0.0)", "", check_reward_loss),
@@ -738,7 +752,8 @@ MUTANTS = [
            "label(r[3].rejected_safe) for r in rows] + [label(r[3].chosen_safe)", check_pairs),
     Mutant(reward, "unknown labels are read as unsafe", "-1.0 if x is None else float(x)", "float(bool(x))", check_pairs),
     Mutant(reward, "identical sides are a pair", "if a and b and a[0] != b[0]", "if a and b", check_pairs),
-    Mutant(reward, "long answers lose their end", "            return None\n        del", "            return (prompt + ids)[:limit], len(prompt)\n        del", check_pairs),
+    Mutant(reward, "long answers lose their end", "            return None\n        del", "            return (prompt + ids)[:limit], len(prompt)\n        del",
+           check_encode),
     Mutant(reward, "the newest exchange is dropped", "del messages[first : first + 2]", "del messages[-2:]", check_encode),
     Mutant(reward, "answers without EOS", "eos=finished)", "eos=False)", check_encode),
     Mutant(reward, "EOS on answers that were cut", "eos=finished)", "eos=True)", check_encode),
@@ -749,7 +764,8 @@ MUTANTS = [
     Mutant(reward, "padding on the left", "ids + [0] * (T - len(ids)) for", "[0] * (T - len(ids)) + ids for", check_rewards),
     Mutant(reward, "the gate turned around", "torch.sigmoid(safety) < gate", "torch.sigmoid(safety) > gate", check_gate),
     Mutant(reward, "the gate on the logit", "torch.sigmoid(safety) < gate", "safety < gate", check_gate),
-    Mutant(reward, "the gate on the whitened score", "torch.sigmoid(safety) < gate", "torch.sigmoid((safety - safety.mean()) / safety.std()) < gate", check_gate),
+    Mutant(reward, "the gate on the whitened score", "torch.sigmoid(safety) < gate", "torch.sigmoid((safety - safety.mean()) / safety.std()) < gate",
+           check_gate),
     Mutant(reward, "the gate on the helpfulness", "torch.sigmoid(safety) < gate", "torch.sigmoid(helpful) < gate", check_gate),
     Mutant(reward, "safety prompts are not gated", "torch.where(is_safety | (", "torch.where((", check_gate),
     Mutant(reward, "helpfulness for the unsafe", ", safety, helpful)", ", helpful, safety)", check_gate),
@@ -798,7 +814,7 @@ MUTANTS = [
     Mutant(safety, "the gate is always open", "not config.gate or r", "True or r", check_distil),
     Mutant(safety, "the gate cannot be opened", "not config.gate or r", "r", check_distil),
     Mutant(safety, "the gate asks the helpfulness model", 'r > old["safety"]', 'r > old["helpful"]', check_distil),
-    Mutant(safety, "answers are judged behind the preprompt", "rescore(tokenizer, prompts", "rescore(tokenizer, behind", check_distil),
+    Mutant(safety, "answers are judged behind the preprompt", "after = rescore(tokenizer, prompts", "after = rescore(tokenizer, behind", check_distil),
     Mutant(safety, "cut answers are distilled", 'new["finished"] and (', "(", check_distil),
     Mutant(safety, "the preprompt never reaches the teacher", "draw(teacher, tokenizer, behind", "draw(teacher, tokenizer, prompts", check_distil),
     Mutant(safety, "the policy's own answer is distilled", '"content": new["answer"]', '"content": old["answer"]', check_distil),

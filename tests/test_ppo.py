@@ -624,7 +624,7 @@ def test_the_critic_is_a_copy_of_the_reward_model():
 
 TEXTS = [f"[INST] Tell line {i} [/INST] Line {i} tells of {i % 7} boats. " for i in range(60)]
 GATED = Gated.__call__
-RUN = LlamaConfig(dim=24, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=320, multiple_of=8, max_seq_len=40)
+RUN = LlamaConfig(dim=24, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=320, multiple_of=8, max_seq_len=80)
 
 
 def write_stages(root: Path) -> Path:

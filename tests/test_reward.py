@@ -252,6 +252,7 @@ def test_the_auxiliary_loss_counts_known_labels_only(pairs, tokenizer):
 @pytest.mark.parametrize("evidence", [False, True])
 def test_the_gradient_does_not_depend_on_the_micro_batch(evidence, pairs, tokenizer):
     """Guards against a mean of means, and against padding that reaches the gradient."""
+
     def gradient(micro):
         model = build(evidence).train()
         batches = PairBatches(pairs, tokenizer, 60, 8, seed=2, micro_batch=micro)(3)
@@ -403,6 +404,7 @@ def test_gated_refuses_two_tokenizers(tokenizer, tmp_path):
 
 def rated(monkeypatch, rewards: list[float]) -> RewardModel:
     """A model to which `score` gives the rewards listed, in the order chosen, rejected, chosen, ..."""
+
     def fake(model, rows, batch=256):
         assert len(rows) == len(rewards)
         return torch.tensor(rewards)
