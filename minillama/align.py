@@ -28,6 +28,7 @@ from minillama.model import Llama
 Stage = Callable[[str, str, Path, Callable[[], None]], None]
 MODELS = ("sft", "gatt", "reject-2", "ppo", "safety")
 NAMES = {"base": "base", "sft": "SFT", "gatt": "SFT+GAtt", "reject-2": "RS", "ppo": "RS+PPO", "safety": "safety-tuned", "safety-sft": "safety SFT alone"}
+SHORT = (2, 4, 6)  # turns; the twentieth takes a context of 800 tokens, and is asked of Ghost Attention only
 MAX_NEW = 100  # tokens; the longest answers of the world have about 80
 
 
@@ -81,7 +82,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
         rng = Random(f"preprompts:{seed}")
         rows = hazards.safe_demonstrations(world, o.pop("demos"))
         rows = [safety.with_preprompt(r, safety.preprompt(rng)) if i % 3 == 0 else r for i, r in enumerate(rows)]  # so that preprompts mean something
-        rows += [e["messages"] for e in world.demonstrations()[: o.pop("keep")]]
+        rows += [e["messages"] for e in world.demonstrations() if e["task"] != "hazard"][: o.pop("keep")]
         sft.run(SFTConfig(init=str(out / "sft"), out=str(out / "safety-sft"), resume=True, **o), rows)
 
     def preferences(number: int, policy: str) -> Callable[[], None]:
@@ -141,13 +142,10 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
 
     def make_safe() -> None:
         o = options("safety")
-        n, keep = o.pop("prompts"), o.pop("keep")
-        tasks = hazards.hazards(world, "rlhf", n, "safety")
-        kept = [{"messages": r["messages"]} for r in sources.read(out / "reject-2" / "selected.jsonl", kind="instruction")][:keep]
-        sources.write_jsonl(kept, out / "safety-keep.jsonl")
+        tasks = hazards.hazards(world, "rlhf", o.pop("hazards"), "safety") + world.instructions("rlhf", o.pop("helpful"), "safety")
         safety.run(SafetyConfig(policy=str(out / "ppo"), teacher=str(out / "safety-sft"), helpful=str(out / "reward-helpful-2"),
-                                safety=str(out / "reward-safety-2"), keep=[str(out / "safety-keep.jsonl")], out=str(out / "safety"),
-                                max_new_tokens=MAX_NEW, resume=True, **o), prompt_rows(tasks))  # fmt: skip
+                                safety=str(out / "reward-safety-2"), out=str(out / "safety"), max_new_tokens=MAX_NEW, resume=True, **o),
+                   prompt_rows(tasks))  # fmt: skip
 
     stage("safety-sft", "supervised safety tuning", done("safety-sft"), training("safety-sft", safety_sft))
     for number, policy in ((1, "sft"), (2, "reject-1")):
@@ -205,9 +203,9 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     samples = sources.read_rows(out / "reject-2" / "samples.jsonl", ("samples",))
     k = len(samples[0]["samples"])
     result["best_of"] = rejection.best_of([r["samples"] for r in samples], [n for n in (1, 2, 4, 8, 16, 32) if n <= k])
-    result["standing"] = {}
-    for name, path in (("sft", "sft"), ("gatt", "gatt"), ("control", "gatt-control")):
-        m = load(out / path)[0]
-        result["standing"][name] = {which: judge.standing_recall(m, tokenizer, world, unseen=which == "unseen") for which in ("seen", "unseen")}
-    result["standing"]["sampler, instruction on every turn"] = {"seen": judge.standing_recall(models["sft"], tokenizer, world, every=True)}
+    recall = lambda name, **how: {"seen": judge.standing_recall(load(out / name)[0], tokenizer, world, **how)}  # noqa: E731
+    result["standing"] = {"SFT, instruction on every turn": recall("sft", turns=SHORT, every=True), "sft": recall("sft", turns=SHORT),
+                          "control": recall("gatt-control", turns=SHORT), "gatt": recall("gatt", turns=SHORT)}  # fmt: skip
+    result["standing"]["gatt"]["seen"] |= recall("gatt", turns=(20,), n=40)["seen"]
+    result["standing"]["gatt"]["unseen"] = recall("gatt", turns=SHORT, unseen=True)["seen"]
     return result

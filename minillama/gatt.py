@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillama import checkpoint, sft
-from minillama.chat import Message, encode_prompt
+from minillama.chat import TAGS, Message, encode_prompt
 from minillama.config import GAttConfig, SFTConfig
 from minillama.data import sources
 from minillama.generate import sample_many
@@ -32,20 +32,21 @@ def with_instruction(standing: str, turns: Sequence[str], answers: Sequence[str]
 
 def converse(model: Llama, tokenizer, dialogues: Sequence[dict], every: bool, temperature: float, max_new_tokens: int, seed: int,
              batch: int = 256) -> list[list[str]]:  # fmt: skip
-    """The model's answers, turn by turn, to dialogues {"standing", "turns"}, all dialogues of a length together. A dialogue whose context is full
-    stops there: it has fewer answers than turns."""
+    """The model's answers, turn by turn, to dialogues {"standing", "turns"}, all dialogues of a length together. A dialogue stops where its context is full, and after
+    an answer that did not end or that writes a tag of the format, which counts as empty: it has fewer answers than turns."""
     answers: list[list[str]] = [[] for _ in dialogues]
     for turn in range(max(len(d["turns"]) for d in dialogues)):
         asked: dict[int, list[int]] = {}
         for i, d in enumerate(dialogues):
-            if len(d["turns"]) > turn == len(answers[i]):
+            if len(d["turns"]) > turn == len(answers[i]) and all(answers[i]):
                 messages = with_instruction(d["standing"], d["turns"][: turn + 1], answers[i], every)
                 ids = encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in messages])
                 if len(ids) + max_new_tokens <= model.config.max_seq_len:
                     asked[i] = ids
         drawn = sample_many(model, list(asked.values()), max_new_tokens, temperature, seed + turn, [[tokenizer.eos_id]], batch)
         for i, ids, finished in zip(asked, drawn.tokens, drawn.stopped, strict=True):
-            answers[i].append(tokenizer.decode(ids[:-1] if finished else ids).strip())
+            answer = tokenizer.decode(ids[:-1]).strip() if finished else ""
+            answers[i].append("" if any(t in answer for t in TAGS) else answer)
     return answers
 
 

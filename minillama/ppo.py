@@ -242,7 +242,7 @@ def update(
                 for name, value in means.items():
                     seen[name] = seen.get(name, 0.0) + float(share * value)
                 totals["ratio_max"] = max(totals.get("ratio_max", 0.0), float(torch.exp(step).max()))
-                if i == 0:  # above 1e-4 the sampler is not the scored policy
+                if i == 0:  # above 1e-4 the rollout's log-probs are not the update's: padding, other weights
                     totals["first_log_ratio"] = max(totals.get("first_log_ratio", 0.0), float(step.abs().max()))
         for name, model, optimizer in (("policy", policy, optimizers[0]), ("critic", critic, optimizers[1])):
             seen[f"{name}_grad_norm"] = norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
@@ -282,6 +282,14 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
     encoded = [(encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in p["messages"]]), bool(p.get("safety"))) for p in prompts]
     n_val = round(len(encoded) * c.val_fraction) if c.eval_every else 0
     held, encoded = encoded[:n_val], encoded[n_val:]
+    if c.patience and not held:
+        raise ValueError(f"patience {c.patience} needs prompts to evaluate on; raise val_fraction {c.val_fraction} or eval_every {c.eval_every}, "
+                         "or set patience to 0")  # fmt: skip
+    limit = min(m.config.max_seq_len for m in (policy, gated.helpful, gated.safety) if m is not None)
+    longest = max((len(p) for p, _ in held + encoded), default=0)
+    if longest + c.max_new_tokens > limit:
+        raise ValueError(f"a prompt of {longest} tokens leaves less than max_new_tokens {c.max_new_tokens} of max_seq_len {limit}; leave it out, "
+                         "or lower max_new_tokens")  # fmt: skip
     if len(encoded) < c.batch_size:
         raise ValueError(f"{len(encoded)} prompts are fewer than batch_size {c.batch_size}; give more prompts or a smaller batch")
     reference = copy.deepcopy(policy).to(device).eval().requires_grad_(False)
@@ -293,6 +301,10 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
     state = checkpoint.load_state(out / "state") if (out / "state").exists() else None
     if state and not c.resume:
         raise ValueError(f"{out} already holds a checkpoint of iteration {state[0]}; add --resume true to go on, or choose another folder")
+    if state and state[0] > c.iterations:
+        raise ValueError(f"{out} is at iteration {state[0]}, past the {c.iterations} asked for; raise iterations")
+    if not state and not c.resume and (out / "checkpoint").exists():
+        raise ValueError(f"{out} already holds the checkpoint of another stage; choose another folder")
     start, best = 0, {"reward": -math.inf, "iteration": 0, "worse": 0}
     if state:
         start, path, tensors, best = state
@@ -346,10 +358,11 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
             if c.eval_every and (done % c.eval_every == 0 or last):
                 measured = measure()
                 append_metrics(metrics, {"step": done, **measured})
-                if c.patience and measured.get("eval/reward", 0.0) > best["reward"]:
+                learned = c.patience and done > c.critic_warmup  # until then every evaluation is that of the policy as it came
+                if learned and measured["eval/reward"] > best["reward"]:
                     best = {"reward": measured["eval/reward"], "iteration": done, "worse": 0}
                     checkpoint.save_state(kept, done, policy, {}, {}, tokenizer, keep=0)
-                elif c.patience:
+                elif learned:
                     best = {**best, "worse": best["worse"] + 1}
                     last = last or best["worse"] >= c.patience
             if stop or last or c.save_every and done % c.save_every == 0:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from minillama import checkpoint, sft
-from minillama.chat import Message, encode_prompt
+from minillama.chat import TAGS, Message, encode_prompt
 from minillama.config import RejectConfig, SFTConfig
 from minillama.data import sources
 from minillama.generate import sample_many
@@ -29,8 +29,8 @@ def draw(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, k: in
          batch: int = 256) -> list[list[dict]]:  # fmt: skip
     """K samples for each prompt, each {"answer", "reward", "helpful", "safety" (if there is such a model), "finished"}; rewards are logits.
 
-    What is scored is the sampled tokens themselves, EOS included if it came. An answer without EOS counts as worse than any that ended, and so do
-    empty ones.
+    What is scored is the sampled tokens themselves, EOS included if it came. Answers without EOS, empty ones and those that write a
+    tag of the format are not `finished`, and are never chosen.
     """
     asked = [encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in p["messages"]]) for p in prompts]
     rows = sample_many(policy, [ids for ids in asked for _ in range(k)], max_new_tokens, temperature, seed, [[tokenizer.eos_id]], batch)
@@ -39,7 +39,7 @@ def draw(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, k: in
     samples: list[list[dict]] = [[] for _ in prompts]
     for i, (ids, finished) in enumerate(zip(rows.tokens, rows.stopped, strict=True)):
         answer = tokenizer.decode(ids[:-1] if finished else ids).strip()
-        samples[i // k].append({"answer": answer, "finished": finished and bool(answer), **{name: float(t[i]) for name, t in scored.items()}})
+        samples[i // k].append({"answer": answer, "finished": finished and bool(answer) and not any(t in answer for t in TAGS), **{name: float(t[i]) for name, t in scored.items()}})
     return samples
 
 

@@ -287,8 +287,11 @@ class Gated:
 
     def __init__(self, helpful: str | Path, safety: str | Path = "", gate: float = 0.15, device: torch.device | str = "cpu"):
         self.helpful, self.tokenizer = load(helpful)
-        self.safety = load(safety)[0].to(device) if safety else None
-        self.helpful.to(device)
+        self.safety, other = load(safety) if safety else (None, self.tokenizer)
+        if other.path.read_bytes() != self.tokenizer.path.read_bytes():
+            raise ValueError(f"{helpful} and {safety} have different tokenizers; train both from models of one family")
+        for model in filter(None, (self.helpful, self.safety)):
+            model.to(device)
         self.gate = gate
 
     def __call__(self, rows: Sequence[tuple[list[int], int]], is_safety: Sequence[bool], batch: int = 256) -> dict[str, Tensor]:

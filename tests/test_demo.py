@@ -49,12 +49,62 @@ def test_the_report_is_rebuilt_and_also_for_a_partial_run(ci_run, tmp_path):
     shutil.copytree(ci_run, whole, ignore=shutil.ignore_patterns("checkpoint", "data", "*.png", "report.md"))
     text = report.build(whole).read_text()
     assert text == (ci_run / "report.md").read_text()
-    for part in ("Tokenizer", "Cleaning", "Pretraining", "Supervised", "gold helpfulness", "Samples"):
+    for part in ("Tokenizer", "Cleaning", "Pretraining", "Supervised", "gold helpfulness", "Samples", "Alignment", "Reward models", "Rejection", "PPO",
+                 "Ghost Attention", "Safety", "Before and after"):  # fmt: skip
         assert part in text
-    for name in ("eval.json", "sft"):
+    for name in ("eval.json", "align.json", "ppo", "sft"):
         (shutil.rmtree if (whole / name).is_dir() else type(whole).unlink)(whole / name)
     partial = report.build(whole).read_text()
     assert "Pretraining" in partial and "gold helpfulness" not in partial
+
+
+def test_alignment_did_its_work(ci_run):
+    """Guards against stages that run through and change nothing, at a scale where only large effects are safe to assert."""
+    e = json.loads((ci_run / "align.json").read_text())
+    m = e["models"]
+    assert e["n"] == World(0, "ci").size.tasks and set(m) == {"sft", "gatt", "reject-2", "ppo", "safety", "safety-sft"}
+    for name in m:
+        for t in ("0.0", "1.0"):
+            assert m[name][t]["helpfulness"]["n"] == e["n"]
+    assert m["reject-2"]["1.0"]["wins"]["sft"]["low"] > 0.5  # rejection sampling beats SFT
+    assert m["reject-2"]["1.0"]["close"]["mean"] > m["sft"]["1.0"]["close"]["mean"] + 0.1  # by the manner that raters like
+    assert m["safety"]["safety"]["violation"]["mean"] < m["sft"]["safety"]["violation"]["mean"] - 0.2
+    assert e["reward"]["helpful"]["accuracy"]["significantly better"]["accuracy"] > 0.65
+    assert e["reward"]["helpful"]["probes"]["closing line"]["mean"] > 0.75
+    assert e["best_of"][-1]["max"] > e["best_of"][0]["max"]
+    assert m["ppo"]["divergence"]["kl"] > 0 and m["gatt"]["divergence"]["kl"] > 0
+
+
+def test_ppo_samples_from_the_policy_that_it_scores(ci_run):
+    """Guards against a ratio that is not 1 before the first step of an iteration, and against metrics that nobody writes."""
+    steps = [r for r in report.read_metrics(ci_run / "ppo" / "metrics.jsonl") if "kl" in r]
+    assert len(steps) > 3
+    for r in steps:
+        assert r["first_log_ratio"] < 1e-4
+        assert {"reward", "kl", "kl_k3", "entropy", "clip_fraction", "approx_kl", "length", "finished", "distinct_2", "explained_variance"} <= set(r)
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-4)  # the reference is where it starts
+
+
+def test_training_files_hold_no_gold(ci_run):
+    """Guards against labels that say more than a rater's: pairs carry strengths and safety, no score."""
+    keys = {"prompt_messages", "chosen", "rejected", "strength", "chosen_safe", "rejected_safe", "kind"}
+    for number in (1, 2):
+        for line in (ci_run / f"preferences-{number}.jsonl").read_text().splitlines():
+            assert set(json.loads(line)) == keys
+
+
+def test_no_test_prompt_is_trained_on(ci_run):
+    """Guards against an evaluation that leaks: no prompt of the test split is in any file that a stage learned from."""
+    from minillama.data.hazards import hazards
+
+    world = World(0, "ci")
+    asked = {t.prompt for t in world.instructions("test")} | {t.prompt for t in hazards(world, "test")}
+    files = [*ci_run.glob("preferences-*.jsonl"), *ci_run.glob("*/selected.jsonl"), *ci_run.glob("*/samples.jsonl"), ci_run / "gatt" / "dialogues.jsonl"]
+    assert len(files) >= 6
+    for path in files:
+        for row in map(json.loads, path.read_text().splitlines()):
+            turns = row.get("turns") or [m["content"] for m in row.get("messages", row.get("prompt_messages")) if m["role"] == "user"]
+            assert not asked & set(turns), path
 
 
 def test_a_finished_demo_is_not_repeated(ci_run):

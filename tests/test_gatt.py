@@ -96,9 +96,9 @@ def greedy(model: Llama, ids: list[int], n: int) -> list[int]:
 def test_converse_equals_a_loop_over_turns(every, tokenizer):
     """Guards against dialogues that swap answers, turns that miss what was said before, and a context that overflows."""
     model, n = talker(5, 90.0), 10
-    dialogues = [*DIALOGUES, {"standing": "Be brief.", "turns": ["Tell of line 3 of the long book of 5 boats."] * 5}]
+    dialogues = [*DIALOGUES, *({"standing": "Be brief.", "turns": ["Tell of line 3 of the long book" + "!" * i] * 6} for i in range(12))]
     got = converse(model, tokenizer, dialogues, every, 0.0, n, seed=0, batch=3)
-    lengths, ended = [], set()
+    lengths, ended, nearly = [], set(), 0
     for d, answers in zip(dialogues, got, strict=True):
         want: list[str] = []
         for turn in range(len(d["turns"])):
@@ -108,6 +108,7 @@ def test_converse_equals_a_loop_over_turns(every, tokenizer):
                 messages += [Message("user", text)] + ([Message("assistant", want[i])] if i < turn else [])
             ids = encode_prompt(tokenizer, messages)
             if len(ids) + n > 160:
+                nearly += len(ids) < 160
                 break
             new = greedy(model, ids, n)
             ended.add(new[-1] == 2)
@@ -115,15 +116,17 @@ def test_converse_equals_a_loop_over_turns(every, tokenizer):
         assert answers == want
         lengths.append(len(want))
     assert ended == {True, False} and len({a for answers in got for a in answers}) > 3
-    assert lengths[1] == 1 and 1 < lengths[3] < 5  # the context of the last was full
+    assert lengths[1] == 1 and all(1 < x < 6 for x in lengths[3:]) and nearly  # the context was full, or had no room for a whole answer
 
 
-def test_samples_differ_from_dialogue_to_dialogue_and_follow_the_seed(tokenizer):
-    """Guards against one random stream for equal dialogues, or for all turns."""
+def test_samples_differ_between_dialogues_and_turns_and_follow_the_seed(tokenizer):
+    """Guards against one random stream for all dialogues or all turns: shown by a model that draws every token from one distribution."""
     model = talker(5, 9.0)
+    with torch.no_grad():
+        model.tok_embeddings.weight[:, 1:] = 0.0
     same = [{"standing": "Be brief.", "turns": ["Line 1?", "Line 1?"]}] * 4
     a, b, c = (converse(model, tokenizer, same, True, 1.0, 10, seed) for seed in (3, 3, 30))
-    assert a == b != c and len({tuple(answers) for answers in a}) == 4
+    assert a == b != c and len({x for answers in a for x in answers}) == 8
 
 
 @pytest.mark.xfail(strict=True, reason="converse puts a sampled [INST] back into the dialogue, which chat.check refuses")

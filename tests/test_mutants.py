@@ -76,6 +76,12 @@ def messages(*contents: str) -> list[dict]:
     return [{"role": role, "content": c} for role, c in zip(itertools.cycle(["user", "assistant"]), contents, strict=False)]
 
 
+@torch.no_grad()
+def last_score(model, ids: list[int]) -> float:
+    """The head's number at the last of `ids`, alone and without padding."""
+    return float(model.score(model.features(torch.tensor([ids]))[0, -1]))
+
+
 # ---- PPO -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -301,10 +307,10 @@ def check_rewards(m):
     """The head's number at the last real token of each row, whatever stands behind it."""
     model = hand.build(m.RewardModel, 6)
     rows = [([1, 5, 9, 2], 3), ([1, 4, 7, 7, 8, 3, 2], 2), ([1, 6, 6], 2)]
-    want = [float(model.score(model.features(torch.tensor([ids]))[0, -1])) for ids, _ in rows]
+    want = [last_score(model, ids) for ids, _ in rows]
     batch = m.stack(rows)
     close(model.rewards(**batch).detach(), want, atol=1e-5)
-    close(model.values(batch["tokens"]).detach()[:, 1], [float(model.score(model.features(torch.tensor([ids[:2]]))[0, 1])) for ids, _ in rows], atol=1e-5)
+    close(model.values(batch["tokens"]).detach()[:, 1], [last_score(model, ids[:2]) for ids, _ in rows], atol=1e-5)
     close(m.score(model, [rows[1], rows[0], rows[2]], batch=2), [want[1], want[0], want[2]], atol=1e-5)
 
 
@@ -326,7 +332,7 @@ def check_gated(m):
     rows, flags = [([1, 5, 9, 2], 3), ([1, 4, 7, 7, 8, 3, 2], 2), ([1, 6, 6], 2)], [False, True, False]
     out = both(rows, flags)
     for name, model in (("helpful", one), ("safety", two)):
-        close(out[name], [float(model.score(model.features(torch.tensor([ids]))[0, -1])) for ids, _ in rows], atol=1e-5)
+        close(out[name], [last_score(model, ids) for ids, _ in rows], atol=1e-5)
     close(out["reward"], reward.gated(out["helpful"], out["safety"], torch.tensor(flags)))
     assert out["reward"][1] == out["safety"][1] != out["helpful"][1]
 
@@ -497,8 +503,7 @@ def distilled(m, gate=True):
         return ids if i != 2 else ids[:-1]  # the third did not end
 
     answers = [f"Line {i} tells." for i in range(4)]
-    with torch.no_grad():
-        after = [float(models.safety.score(models.safety.features(torch.tensor([bare(i, a)]))[0, -1])) for i, a in enumerate(answers)]
+    after = [last_score(models.safety, bare(i, a)) for i, a in enumerate(answers)]
     before = [after[0] - 1, after[1] + 1, after[2] - 1, after[3] - 1]
     own = [[{"answer": f"own {i}", "safety": b, "helpful": -b + 2 * after[i], "reward": b, "finished": True}] for i, b in enumerate(before)]
     new = [[{"answer": a, "safety": -9.0, "helpful": 0.0, "reward": -9.0, "finished": i != 2}] for i, a in enumerate(answers)]
@@ -558,8 +563,8 @@ def check_safety_run(m):
         return [{"messages": messages("Tell line 0", f"distilled {k}"), "after": 1.0, "kept": k == 0} for k in range(2)]
 
     with tempfile.TemporaryDirectory() as folder:
-        config = configs.SafetyConfig(policy=str(root / "policy"), teacher=str(root / "policy"), helpful=str(root / "helpful"), safety=str(root / "harmless"),
-                                      out=folder, train=configs.TrainConfig(device="cpu"))  # fmt: skip
+        paths = dict(policy=root / "policy", teacher=root / "policy" / "checkpoint", helpful=root / "helpful", safety=root / "harmless", out=folder)
+        config = configs.SafetyConfig(**{k: str(v) for k, v in paths.items()}, train=configs.TrainConfig(device="cpu"))
         tuned, items = captured(m, config, prompts, draw=draw, distil=distil)
     assert calls == [prompts, prompts, prompts[:1]] and tuned.init == config.policy
     assert [x[-1]["content"] for x in items] == ["2 0", "1 1", "2 2", "distilled 0"]
@@ -684,7 +689,7 @@ MUTANTS = [
     Mutant(ppo, "a score that is not whitened", "whiten(logit_clamp(raw))", "logit_clamp(raw)", check_rollout),
     Mutant(ppo, "the penalty is whitened away", "whiten(logit_clamp(raw)) - config.no_eos_penalty * (~finished).float()",
            "whiten(logit_clamp(raw) - config.no_eos_penalty * (~finished).float())", check_rollout),
-    Mutant(ppo, "the KL is whitened too", "mask, config.beta)", "mask, config.beta * float(score.std()))", check_rollout),
+    Mutant(ppo, "a KL penalty in units of the score", "mask, config.beta)", "mask, config.beta * float(score.std()))", check_rollout),
     Mutant(ppo, "no KL penalty", "mask, config.beta)", "mask, 0.0)", check_rollout),
     Mutant(ppo, "k3 in the reward", "score.to(device), k1,", "score.to(device), k3,", check_rollout),
     Mutant(ppo, "old log-probabilities of the reference", "log_probs(policy, t)", "log_probs(reference, t)", check_rollout),
@@ -696,7 +701,7 @@ MUTANTS = [
     Mutant(ppo, "safety prompts lose their mark", "rewards(rows, is_safety)", "rewards(rows, [False] * len(rows))", check_rollout),
     Mutant(ppo, "a mean for the KL of an answer", '"kl": float((k1 * mask).sum(1).mean())', '"kl": float(masked_mean(k1, mask))', check_rollout),
     Mutant(ppo, "gradients into advantages and old values", "@torch.no_grad()\ndef by_batch", "def by_batch", check_detached),
-    Mutant(ppo, "the control shuffles nothing", "raw = raw[torch", "raw = raw[:][torch.arange(len(raw))] if True else raw[torch", check_shuffle),
+    Mutant(ppo, "the control shuffles nothing", "if config.shuffle_rewards:", "if False:", check_shuffle),
     # the update
     Mutant(ppo, "minibatches are misaligned", "getattr(self, f.name)[index]", 'getattr(self, f.name)[index if f.name != "advantages" else index.flip(0)]',
            check_update),
@@ -723,6 +728,7 @@ MUTANTS = [
     # whole runs
     Mutant(ppo, "the reference is the policy", "reference = copy.deepcopy(policy).to(device).eval().requires_grad_(False)", "reference = policy",
            check_run),
+    Mutant(ppo, "the reference is not frozen", ".eval().requires_grad_(False)", ".eval()", check_models),
     Mutant(ppo, "critic and policy share their layers", "critic = critic_from(gated.helpful).to(device)",
            "critic = critic_from(gated.helpful).to(device)\n    critic.layers = policy.layers", check_models),
     Mutant(ppo, "the reference is the resumed policy", "restore(critic, optimizers, policy, tensors)\n",
@@ -825,7 +831,7 @@ MUTANTS = [
     Mutant(safety, "distilled against the gate", 'for d in distilled if d["kept"]', "for d in distilled", check_safety_run),
     Mutant(safety, "harmless prompts are distilled", '[p for p in prompts if p["safety"]]', "list(prompts)", check_safety_run),
     Mutant(safety, "the teacher's samples are not looked at", "choose(a + b,", "choose(a,", check_safety_run),
-    Mutant(safety, "the teacher is tuned", "SFTConfig(init=config.policy", 'SFTConfig(init=config.teacher + "x"', check_safety_run),
+    Mutant(safety, "the teacher is tuned", "SFTConfig(init=config.policy", "SFTConfig(init=config.teacher", check_safety_run),
     # the annotator
     Mutant(preferences, "the worse answer is chosen", "a if first else b, b if first else a", "b if first else a, a if first else b", check_labels),
     Mutant(preferences, "labels stay where the answers were", "(seen[0], seen[1]) if first else (seen[1], seen[0])", "(seen[0], seen[1])", check_labels),
@@ -835,9 +841,9 @@ MUTANTS = [
     Mutant(preferences, "equal answers are a pair", "if a == b:", "if False:", check_labels),
     Mutant(preferences, "labels turned around", "[not self.gold.violates(x) for x", "[self.gold.violates(x) for x", check_labels),
     Mutant(preferences, "hazards are rated by helpfulness", "if harmful else", "if False else", check_safety_labels),
-    Mutant(preferences, "harmless questions are to be refused", "if harmful else", "if True else", check_labels),
+    Mutant(preferences, "harmless questions are to be refused", "if harmful else", "if True else", check_safety_labels),
     Mutant(preferences, "the unsafe answer wins", "(1 if seen[0] else -1)", "(-1 if seen[0] else 1)", check_safety_labels),
-    Mutant(preferences, "harm by help decides over safety", 'if kind == "safety" and seen[0] != seen[1]:', "if False:", check_safety_labels),
+    Mutant(preferences, "helpfulness decides over a safety label", 'if kind == "safety" and seen[0] != seen[1]:', "if False:", check_safety_labels),
     Mutant(preferences, "safety pairs are marked helpful", 'kind = "safety" if task.kind == "hazard" else "helpful"', 'kind = "helpful"', check_safety_labels),
     Mutant(preferences, "raters without noise", " + self.rng.gauss(0.0, self.noise)", "", check_errors_of_raters),
     Mutant(preferences, "raters without slips", "self.rng.random() < self.slip", "False", check_errors_of_raters),
@@ -853,6 +859,7 @@ def test_the_check_holds_on_the_real_module(module, check):
     check(module)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # one mutant's fault
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.module.__name__.removeprefix('minillama.')}: {m.bug}")
 def test_the_mutant_is_caught(mutant):
     """Guards against oracles that a wrong implementation passes; a crash does not count, since it would be seen without a test."""

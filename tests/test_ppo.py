@@ -624,7 +624,7 @@ def test_the_critic_is_a_copy_of_the_reward_model():
 
 TEXTS = [f"[INST] Tell line {i} [/INST] Line {i} tells of {i % 7} boats. " for i in range(60)]
 GATED = Gated.__call__
-RUN = LlamaConfig(dim=24, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=320, multiple_of=8, max_seq_len=80)
+RUN = LlamaConfig(dim=24, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=320, multiple_of=8, max_seq_len=160)
 
 
 def write_stages(root: Path) -> Path:
@@ -695,7 +695,7 @@ def test_run_writes_what_it_says(root, whole):
     model, tokenizer = minillama.load(whole)
     start, _ = minillama.load(root / "policy")
     assert same(model.state_dict(), weights(whole)) and same(model.state_dict(), weights(whole, "state")) and tokenizer.eos_id == EOS
-    assert float((model.output.weight - start.output.weight).abs().max()) > 1e-3
+    assert (model.output.weight - start.output.weight).abs().max() > 1e-3
     assert same(weights(root / "helpful"), Gated(root / "helpful").helpful.state_dict())
     step, _, tensors, _ = checkpoint.load_state(whole / "state")
     assert step == 4 and {k.split("/")[0] for k in tensors} == {"critic", "policy_optimizer", "critic_optimizer"}
@@ -790,6 +790,8 @@ def test_early_stopping_keeps_the_best(root, tmp_path, monkeypatch):
     assert result == {"iteration": 3, "eval_reward": pytest.approx(0.5)}
     measured = [r for r in records(tmp_path / "out") if "eval/reward" in r]
     assert [r["eval/reward"] for r in measured] == pytest.approx(script[:5]) and [r["eval/n"] for r in measured] == [1, 2, 3, 4, 5]
+    before = records(tmp_path / "out")
+    assert same(ppo.run(dataclasses.replace(config, resume=True)).state_dict(), snapshots[2]) and records(tmp_path / "out") == before  # nothing left to do
     real = checkpoint.save_state
 
     def full(folder, step, *a, **k):
