@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillama import checkpoint, sft
-from minillama.chat import TAGS, Message, encode_prompt
+from minillama.chat import TAGS, Message, encode_dialogue, encode_prompt
 from minillama.config import GAttConfig, SFTConfig
 from minillama.data import sources
 from minillama.generate import sample_many
 from minillama.model import Llama
-from minillama.trainer import pick_device, write_config
+from minillama.trainer import last_state, pick_device, write_config
 
 
 def with_instruction(standing: str, turns: Sequence[str], answers: Sequence[str], every: bool) -> list[dict]:
@@ -32,8 +32,8 @@ def with_instruction(standing: str, turns: Sequence[str], answers: Sequence[str]
 
 def converse(model: Llama, tokenizer, dialogues: Sequence[dict], every: bool, temperature: float, max_new_tokens: int, seed: int,
              batch: int = 256) -> list[list[str]]:  # fmt: skip
-    """The model's answers, turn by turn, to dialogues {"standing", "turns"}, all dialogues of a length together. A dialogue stops where its context is full, and after
-    an answer that did not end or that writes a tag of the format, which counts as empty: it has fewer answers than turns."""
+    """The model's answers, turn by turn, to dialogues {"standing", "turns"}, all dialogues together. A
+    dialogue stops where its context is full, and after an empty answer, or one that writes a tag of the format, which counts as empty."""
     answers: list[list[str]] = [[] for _ in dialogues]
     for turn in range(max(len(d["turns"]) for d in dialogues)):
         asked: dict[int, list[int]] = {}
@@ -45,7 +45,7 @@ def converse(model: Llama, tokenizer, dialogues: Sequence[dict], every: bool, te
                     asked[i] = ids
         drawn = sample_many(model, list(asked.values()), max_new_tokens, temperature, seed + turn, [[tokenizer.eos_id]], batch)
         for i, ids, finished in zip(asked, drawn.tokens, drawn.stopped, strict=True):
-            answer = tokenizer.decode(ids[:-1]).strip() if finished else ""
+            answer = tokenizer.decode(ids[:-1] if finished else ids).strip()
             answers[i].append("" if any(t in answer for t in TAGS) else answer)
     return answers
 
@@ -61,24 +61,33 @@ def training_rows(dialogues: Sequence[dict], answers: Sequence[Sequence[str]], g
     return rows
 
 
+def shorten(tokenizer, row: dict, limit: int) -> dict:
+    """The row without its last exchanges, until it fits `limit` tokens: packing cuts a long dialogue at its end, where all that is trained is."""
+    messages = row["messages"]
+    while len(messages) > 2 and len(encode_dialogue(tokenizer, [Message(m["role"], m["content"]) for m in messages])[0]) > limit:
+        messages = messages[:-2]
+    return {**row, "messages": messages}
+
+
 def run(config: GAttConfig, dialogues: Sequence[dict] | None = None, keep: Sequence[list[dict]] = ()) -> Llama:
     """Sample and tune by `config`; `dialogues` ({"standing", "turns"}) replaces config.dialogues and `keep` adds dialogues to learn as SFT does.
 
     Raises ValueError for a file without dialogues.
     """
     out, c = Path(config.out), config.train
+    last_state(out, config.resume)
     device = pick_device(c.device)
     if dialogues is None:
         dialogues = sources.read_rows(config.dialogues, ("standing", "turns"))
     sampled = out / "dialogues.jsonl"
+    policy, tokenizer = checkpoint.load(config.policy)
+    if tokenizer is None:
+        raise ValueError(f"{config.policy} has no tokenizer.model; put the one it was trained with beside the weights")
     if not (config.resume and sampled.exists()):
-        policy, tokenizer = checkpoint.load(config.policy)
-        if tokenizer is None:
-            raise ValueError(f"{config.policy} has no tokenizer.model; put the one it was trained with beside the weights")
         answers = converse(policy.to(device).eval(), tokenizer, dialogues, True, config.temperature, config.max_new_tokens, c.seed)
         sources.write_jsonl(({**d, "answers": a} for d, a in zip(dialogues, answers, strict=True)), sampled)
     rows = sources.read_rows(str(sampled), ("standing", "turns", "answers"))
-    items: list = training_rows(rows, [r["answers"] for r in rows], config.ghost)
+    items: list = [shorten(tokenizer, r, c.seq_len + 1) for r in training_rows(rows, [r["answers"] for r in rows], config.ghost)]
     items += list(keep) + [row["messages"] for row in (sources.read(config.keep, kind="instruction") if config.keep else ())]
     model = sft.run(SFTConfig(init=config.policy, out=config.out, epochs=config.epochs, resume=config.resume, train=c), items)
     write_config(config, out)

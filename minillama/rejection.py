@@ -22,7 +22,7 @@ from minillama.data import sources
 from minillama.generate import sample_many
 from minillama.model import Llama
 from minillama.reward import Gated
-from minillama.trainer import pick_device, write_config
+from minillama.trainer import last_state, pick_device, write_config
 
 
 def draw(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, k: int, temperature: float, max_new_tokens: int, seed: int,
@@ -39,7 +39,8 @@ def draw(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, k: in
     samples: list[list[dict]] = [[] for _ in prompts]
     for i, (ids, finished) in enumerate(zip(rows.tokens, rows.stopped, strict=True)):
         answer = tokenizer.decode(ids[:-1] if finished else ids).strip()
-        samples[i // k].append({"answer": answer, "finished": finished and bool(answer) and not any(t in answer for t in TAGS), **{name: float(t[i]) for name, t in scored.items()}})
+        finished = finished and bool(answer) and not any(t in answer for t in TAGS)
+        samples[i // k].append({"answer": answer, "finished": finished, **{name: float(t[i]) for name, t in scored.items()}})
     return samples
 
 
@@ -66,6 +67,7 @@ def run(config: RejectConfig, prompts: Sequence[dict] | None = None) -> Llama:
     Raises ValueError for a file without prompts, or models that do not share a tokenizer.
     """
     out, c = Path(config.out), config.train
+    last_state(out, config.resume)
     device = pick_device(c.device)
     prompts = sources.read_prompts(config.prompts) if prompts is None else list(prompts)
     selected = out / "selected.jsonl"

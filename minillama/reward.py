@@ -6,10 +6,10 @@ The loss is -log sigmoid(r_chosen - r_rejected - m), m by the strength of the pr
 Two models are trained, one for helpfulness and one for safety, and `Gated` is the paper's combination of them (sec 3.2.3).
 
 Departure: the last-state head of a million-parameter model judges manner well and relations badly: is this the fact about that person, are the asked
-words in the story? With `evidence` the score adds two sums that no answer can raise by being longer. Surprise: every token of the answer whose
+words in the story? With `evidence` the score adds two bounded sums. Surprise: every token of the answer whose
 log-probability under the model itself is more than 1 nat below what the model expects there (its negative entropy) counts against it, by 6 nats at
 most; where many words would do, none is a surprise. Uptake: every token of the prompt, as much as the model finds it wanted (-1 to 1),
-times its best match among the answer's tokens.
+times its best match among the answer's tokens. The first never rises with length, the second is at most the number of the prompt's tokens.
 
 Shapes: B rows, T time, D model, V vocabulary.
 """
@@ -31,7 +31,7 @@ from minillama.config import MARGINS, LlamaConfig, RewardConfig
 from minillama.data.preferences import STRENGTHS, Pair, read_pairs
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
-from minillama.trainer import train, with_validation, write_config
+from minillama.trainer import last_state, train, with_validation, write_config
 
 SLACK, DEEPEST, MATCH = 1.0, -6.0, 32
 
@@ -61,7 +61,7 @@ class RewardModel(Llama):
         real token, which is EOS if the answer was finished."""
         features = self.features(tokens)  # [B,T,D]
         rows = torch.arange(len(tokens), device=tokens.device)
-        reward = self.score(features[rows, lengths - 1]).squeeze(-1)  # [B]
+        reward = self.score(features[rows, lengths - 1]).squeeze(-1).float()  # [B], fp32 under autocast too
         if not self.evidence:
             return reward
         at = torch.arange(tokens.shape[1], device=tokens.device)
@@ -199,11 +199,13 @@ def mix(pairs: Sequence[Pair], kind: str, seed: int = 0) -> list[Pair]:
 
 
 def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardModel:
-    """Train a reward model by `config`; `pairs` replaces config.data. Writes reward.json with what it is and, at the end, its accuracy.
+    """Train a reward model by `config`; `pairs` replaces config.data. Writes reward.json with what it is, metrics.jsonl with its
+    validation accuracy, and checkpoint/.
 
     Raises ValueError for data without pairs, or a checkpoint without a tokenizer.
     """
     out, c = Path(config.out), config.train
+    last_state(out, config.resume)
     pairs = read_pairs(config.data) if pairs is None else list(pairs)
     chat, tokenizer = checkpoint.load(config.init)
     if tokenizer is None:

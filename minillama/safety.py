@@ -19,7 +19,7 @@ from minillama.data import sources
 from minillama.model import Llama
 from minillama.rejection import choose, draw
 from minillama.reward import Gated, encode, score
-from minillama.trainer import pick_device, write_config
+from minillama.trainer import last_state, pick_device, write_config
 
 ADJECTIVES = ("responsible", "respectful", "wise", "careful", "safe")
 PREPROMPT = "You are a {0} and {1} assistant."
@@ -76,6 +76,9 @@ def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
     Raises ValueError for prompts without an adversarial one, or models of different tokenizers.
     """
     out, c = Path(config.out), config.train
+    last_state(out, config.resume)
+    if not config.safety:
+        raise ValueError("safety tuning needs a safety reward model; train one with `minillama reward --kind safety` and name it with --safety")
     device = pick_device(c.device)
     prompts = sources.read_prompts(config.prompts) if prompts is None else list(prompts)
     selected = out / "selected.jsonl"

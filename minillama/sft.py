@@ -21,7 +21,7 @@ from minillama.data.pack import Batches, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.tokenizer import Tokenizer
-from minillama.trainer import train, with_validation, write_config
+from minillama.trainer import last_state, train, with_validation, write_config
 
 
 def dialogues(spec: str) -> Iterator[list[dict]]:
@@ -39,6 +39,7 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     output folder that holds a run already (without resume).
     """
     out = Path(config.out)
+    last_state(out, config.resume)
     model, tokenizer = checkpoint.load(config.init)
     if config.tokenizer:
         tokenizer = Tokenizer(config.tokenizer)

@@ -114,6 +114,15 @@ def with_validation(
     return metrics
 
 
+def last_state(out: str | os.PathLike, resume: bool) -> tuple[int, Path, dict[str, Tensor], dict] | None:
+    """What `checkpoint.load_state` finds in a stage's folder, None if nothing. Raises ValueError if there is something and `resume` is false: a stage
+    asks before it writes anything, so that a second run does not spoil the files of the first."""
+    state = checkpoint.load_state(Path(out) / "checkpoint")
+    if state and not resume:
+        raise ValueError(f"{out} already holds a checkpoint of step {state[0]}; add --resume true to go on, or choose another folder")
+    return state
+
+
 def train(
     model: nn.Module, batches: Callable[[int], list[dict[str, Tensor]]], loss_fn: LossFn, config: TrainConfig, out: str | os.PathLike,
     tokenizer: Tokenizer | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None, resume: bool = False, label: str = "train",
@@ -128,11 +137,9 @@ def train(
     device = pick_device(c.device)
     if c.bf16 and device.type == "cpu":
         raise ValueError("bf16 is much slower than fp32 on a CPU; leave bf16 off or use a GPU")
+    state = last_state(out, resume)
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "checkpoint"
-    state = checkpoint.load_state(folder) if folder.exists() else None
-    if state and not resume:
-        raise ValueError(f"{out} already holds a checkpoint of step {state[0]}; add --resume true to go on, or choose another folder")
     model.to(device).train()
     optimizer = make_optimizer(model, c)
     start, tokens_seen = 0, 0

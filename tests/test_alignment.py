@@ -228,7 +228,7 @@ def test_probes_of_a_reward_that_sees_one_thing_are_right_there_only(world, monk
 
 @pytest.mark.parametrize("unseen", [False, True])
 def test_standing_recall_counts_answers_that_obey_at_a_turn(unseen, world, monkeypatch):
-    """Guards against a turn off by one, dialogues without that turn that count as failures, and another dialogue's instruction."""
+    """Guards against a turn off by one, a full context that counts as a failure, silence that does not, and another dialogue's instruction."""
     asked = []
 
     def fake(model, tokenizer, dialogues, every, temperature, max_new_tokens, seed, batch=256):
@@ -239,12 +239,13 @@ def test_standing_recall_counts_answers_that_obey_at_a_turn(unseen, world, monke
             value = d["standing"].removeprefix(STANDING[kind].split("{")[0]).rstrip(".")
             obeyed = OBEYED[kind].format(value=value, answer="Two things are a kite and a spoon.")
             answers = [obeyed if turn < 2 or (turn == 3 and i % 4 == 0) else "A kite." for turn in range(6)]
-            said.append(answers[: 4 if i % 2 else 6])  # the context of the odd ones is full after 4 turns
+            full = answers[: 4 if i % 2 else 6]  # the context of the odd ones is full after 4 turns
+            said.append([*answers[:2], ""] if i % 8 == 6 else full)  # and an empty answer ends five others
         return said
 
     monkeypatch.setattr("minillama.gatt.converse", fake)
     got = standing_recall(None, None, world, n=40, turns=(1, 2, 3, 4, 6, 9), unseen=unseen)
-    assert {t: (r["mean"], r["n"]) for t, r in got.items()} == {1: (1.0, 40), 2: (1.0, 40), 3: (0.0, 40), 4: (0.25, 40), 6: (0.0, 20)}
+    assert {t: (r["mean"], r["n"]) for t, r in got.items()} == {1: (1.0, 40), 2: (1.0, 40), 3: (0.0, 40), 4: (0.25, 40), 6: (0.0, 20), 9: (0.0, 5)}
     ((dialogues, every),) = asked
     assert not every and len(dialogues) == 40 and all(len(d["turns"]) == 9 for d in dialogues)
     assert len({d["standing"] for d in dialogues}) > (5 if unseen else 15)

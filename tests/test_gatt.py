@@ -102,6 +102,8 @@ def test_converse_equals_a_loop_over_turns(every, tokenizer):
     for d, answers in zip(dialogues, got, strict=True):
         want: list[str] = []
         for turn in range(len(d["turns"])):
+            if "" in want:  # an empty answer ends a dialogue
+                break
             messages = []
             for i in range(turn + 1):
                 text = f"{d['standing']} {d['turns'][i]}" if every or i == 0 else d["turns"][i]
@@ -119,9 +121,16 @@ def test_converse_equals_a_loop_over_turns(every, tokenizer):
     assert lengths[1] == 1 and all(1 < x < 6 for x in lengths[3:]) and nearly  # the context was full, or had no room for a whole answer
 
 
+def test_an_empty_answer_ends_its_dialogue(tokenizer):
+    """Guards against dialogues that go on after a silence, which no training row has."""
+    answers = converse(talker(5, 20.0), tokenizer, DIALOGUES, True, 0.0, 10, 0)
+    assert [len(a) for a in answers] == [2, 1, 1] and all(a[-1] == "" and all(a[:-1]) for a in answers)
+    assert training_rows(DIALOGUES, answers, ghost=True) == []
+
+
 def test_samples_differ_between_dialogues_and_turns_and_follow_the_seed(tokenizer):
     """Guards against one random stream for all dialogues or all turns: shown by a model that draws every token from one distribution."""
-    model = talker(5, 9.0)
+    model = talker(5, 60.0)
     with torch.no_grad():
         model.tok_embeddings.weight[:, 1:] = 0.0
     same = [{"standing": "Be brief.", "turns": ["Line 1?", "Line 1?"]}] * 4
@@ -129,12 +138,11 @@ def test_samples_differ_between_dialogues_and_turns_and_follow_the_seed(tokenize
     assert a == b != c and len({x for answers in a for x in answers}) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="converse puts a sampled [INST] back into the dialogue, which chat.check refuses")
 def test_an_answer_with_a_tag_of_the_format_ends_its_dialogue(tokenizer, monkeypatch):
     """Guards against a sample that writes [INST]: the next turn would be refused, and with it the whole stage."""
     ids = [*tokenizer.encode("well [INST] more"), 2]
     monkeypatch.setattr(gatt, "sample_many", lambda model, prompts, *a: type("S", (), {"tokens": [ids] * len(prompts), "stopped": [True] * len(prompts)}))
-    assert all(len(answers) <= 1 for answers in converse(talker(5, 9.0), tokenizer, DIALOGUES, True, 1.0, 10, 0))
+    assert converse(talker(5, 9.0), tokenizer, DIALOGUES, True, 1.0, 10, 0) == [[""]] * 3  # it counts as empty, and such rows are not trained on
 
 
 # ---- the stage --------------------------------------------------------------------------------------------------------------
@@ -213,7 +221,6 @@ def test_errors_name_the_value(inputs, tmp_path):
         gatt.run(config(inputs, tmp_path / "c", policy=str(tmp_path / "mute")))
 
 
-@pytest.mark.xfail(strict=True, reason="rows longer than train.seq_len are cut at their end, where the only trained tokens are")
 def test_long_dialogues_still_train_their_last_answer(inputs, tokenizer, tmp_path):
     """Guards against a dialogue that is cut before its last answer: it has no target left, and takes its place in the batch for nothing."""
     turns = ["Tell of line 1 of the book."] * 3

@@ -115,7 +115,6 @@ def test_unfinished_and_empty_answers_are_marked(models):
     assert "safety" not in cut[0][0] and cut[0][0]["reward"] == cut[0][0]["helpful"]
 
 
-@pytest.mark.xfail(strict=True, reason="draw does not look for the format's tags, which chat.check refuses")
 def test_an_answer_with_a_tag_of_the_format_is_never_chosen(models, monkeypatch):
     """Guards against a sample that writes [INST]: the chat format refuses it, and the whole stage would end there."""
     root, tokenizer = models
@@ -268,7 +267,6 @@ def test_errors_name_the_value(models, tmp_path):
         rejection.run(config(root, tmp_path / "c", helpful=str(root / "base")))
 
 
-@pytest.mark.xfail(strict=True, reason="run samples before train refuses the folder")
 def test_a_finished_folder_is_not_overwritten(models, iteration, tmp_path):
     """Guards against a second run that replaces the first one's samples before it is refused."""
     root, _ = models

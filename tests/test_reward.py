@@ -137,7 +137,6 @@ def test_the_score_is_the_head_at_the_last_real_token():
     torch.testing.assert_close(shorter, torch.stack([values[i, len(ROWS[i][0]) - 2] for i in range(3)]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="index_add of fp32 surprise into a bf16 sum")
 def test_rewards_in_bf16_are_those_in_fp32():
     """Guards against a reward model with evidence that cannot be trained with train.bf16."""
     model = build(True)
@@ -391,7 +390,6 @@ def test_gated_combines_two_saved_models(tokenizer, tmp_path):
     assert set(only) == {"helpful", "reward"} and torch.equal(only["helpful"], only["reward"])
 
 
-@pytest.mark.xfail(strict=True, reason="Gated does not compare the tokenizers of its two models")
 def test_gated_refuses_two_tokenizers(tokenizer, tmp_path):
     """Guards against a safety model that reads the tokens of another vocabulary: its scores would be noise, without a word."""
     other = Tokenizer.train([t.upper() for t in TEXTS], 330, tmp_path / "other.model")
@@ -520,7 +518,6 @@ reward.run(config)
     assert steps == list(range(1, 19))
 
 
-@pytest.mark.xfail(strict=True, reason="run writes reward.json before train refuses the folder")
 def test_a_finished_model_survives_a_second_run(chat, tmp_path):
     """Guards against a refused second run that leaves the first model unreadable."""
     config = RewardConfig(init=chat, out=str(tmp_path / "r"), evidence=True, epochs=0.1, train=train_config())

@@ -112,7 +112,10 @@ def hazards(world: World, split: str, n: int | None = None, purpose: str = "", h
         n = {"validation": world.size.tasks // 4, "test": world.size.tasks // 2}.get(split, world.size.instructions // 6)
     tasks: list[Task] = []
     seen: set[str] = set()
+    tries = 0
     while len(tasks) < n:
+        if (tries := tries + 1) > 200 * n + 10_000:
+            raise ValueError(f"the {split} split of this world has fewer than {n} different requests; ask for {len(tasks)} at most")
         category, vector = CATEGORIES[len(tasks) % 3], VECTORS[len(tasks) // 3 % len(VECTORS)]
         bad = len(tasks) // 21 % 2 == 0 if harmful is None else harmful
         plain, slots = _request(world, rng, category, bad)

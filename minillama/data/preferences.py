@@ -43,7 +43,7 @@ def read_pairs(specs: str | Iterable[str]) -> list[Pair]:
             strength = row.get("strength", 0)
             if strength not in range(len(STRENGTHS)):
                 raise ValueError(f"{spec}: strength {strength!r} is not on the scale 0 to 3 ({', '.join(STRENGTHS)})")
-            pairs.append(Pair(row["prompt_messages"], row["chosen"], row["rejected"], strength, row.get("chosen_safe"), row.get("rejected_safe"),
+            pairs.append(Pair(row["prompt_messages"], row["chosen"], row["rejected"], int(strength), row.get("chosen_safe"), row.get("rejected_safe"),
                               row.get("kind", "helpful")))  # fmt: skip
     if not pairs:
         raise ValueError(f"{specs} holds no preference pair")
@@ -60,9 +60,11 @@ class Annotator:
         self.gold, self.rng, self.noise, self.slip = Gold(world), Random(f"annotator:{world.seed}:{seed}"), noise, slip
 
     def compare(self, task: Task, a: str, b: str, messages: list[dict] | None = None) -> Pair | None:
-        """The pair of two answers as this rater labels it; None if they are the same, or fall in the bin that the paper leaves out, where the
-        preferred answer is unsafe and the other safe."""
+        """The pair of two answers as this rater labels it; None if they are the same, if one is empty, or if they fall in the bin that the paper
+        leaves out, where the preferred answer is unsafe and the other safe."""
         if a == b:
+            return None
+        if not (a and b):
             return None
         harmful = task.kind == "hazard" and task.args["harmful"]
         kind = "safety" if task.kind == "hazard" else "helpful"

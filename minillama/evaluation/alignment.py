@@ -56,7 +56,8 @@ def standing_recall(
     temperature: float = 0.0,
 ) -> dict[int, dict]:  # fmt: skip
     """Share of dialogues whose answer at a turn still follows the standing instruction given in the first turn only (table 30); `every` repeats it on
-    every turn: what the sampler of Ghost Attention must manage. Dialogues whose context is full by then are not counted."""
+    every turn: what the sampler of Ghost Attention must manage. Dialogues whose context is full by then are not counted, those
+    that an empty answer ended are, as failures."""
     from minillama.gatt import converse
 
     rng = world.rng(f"standing:{unseen}")
@@ -66,7 +67,7 @@ def standing_recall(
     gold = Gold(world)
     result = {}
     for turn in turns:
-        kept = [gold.obeys(k, answers[turn - 1])[0] for k, answers in zip(kinds, said, strict=True) if len(answers) >= turn]
+        kept = [len(a) >= turn and gold.obeys(k, a[turn - 1])[0] for k, a in zip(kinds, said, strict=True) if len(a) >= turn or a and not a[-1]]
         if kept:
             result[turn] = rate(sum(kept), len(kept))
     return result
