@@ -1,9 +1,10 @@
 """Ghost Attention: which turns carry the instruction, which tokens are trained, and how answers are sampled."""
 import json
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
+import tiny
 import torch
 
 from minillama import checkpoint, gatt, sft
@@ -16,27 +17,13 @@ from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
 CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=330, multiple_of=8, max_seq_len=160)
+talker = partial(tiny.talker, CONFIG)
 TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. Always be brief. " * (1 + i % 3) for i in range(120)]
 DIALOGUES = [
     {"standing": "Always be brief.", "turns": ["Line 1?", "And line 2 of the book?", "And 3?"]},
     {"standing": "Always be long.", "turns": ["Line 4 of the long book?"]},
     {"standing": "Tell of boats.", "turns": ["Line 5?", "And line 6?", "And line 7?", "Line 8?"]},
 ]
-
-
-def talker(seed: int, ends: float) -> Llama:
-    """A model that ends an answer after about `ends` tokens: a feature that is always on, by which the output layer favours EOS."""
-    model = Llama(CONFIG).init_weights(seed).eval()
-    with torch.no_grad():
-        model.tok_embeddings.weight[:, 0] = 1.0
-        for block in model.layers:
-            block.attention.wo.weight[0] = 0.0
-            block.feed_forward.w2.weight[0] = 0.0
-        tokens = torch.randint(3, 330, (20, 30), generator=torch.Generator().manual_seed(0))
-        states, logits = model.features(tokens), model(tokens)
-        wanted = logits.logsumexp(-1) - np.log(ends - 1) - logits[..., 2]  # how much the logit of EOS must rise
-        model.output.weight[2, 0] += (wanted / states[..., 0]).mean()
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Rejection sampling: what is drawn, what is scored, what is chosen, and what the tuned model starts from."""
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from minillama import checkpoint, rejection, sft
@@ -16,33 +18,13 @@ from minillama.data.sources import read_prompts, write_jsonl
 from minillama.generate import sample
 from minillama.model import Llama
 from minillama.rejection import best_of, choose, draw, temperature_sweep
-from minillama.reward import Gated, RewardModel, stack
+from minillama.reward import Gated, stack
 from minillama.tokenizer import Tokenizer
 
 CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=330, multiple_of=8, max_seq_len=96)
+talker = partial(tiny.talker, CONFIG)
+save_reward = partial(tiny.save_reward, CONFIG)
 TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. " * (1 + i % 4) for i in range(120)]
-
-
-def talker(seed: int, ends: float) -> Llama:
-    """A model that ends an answer after about `ends` tokens: a feature that is always on, by which the output layer favours EOS."""
-    model = Llama(CONFIG).init_weights(seed).eval()
-    with torch.no_grad():
-        model.tok_embeddings.weight[:, 0] = 1.0
-        for block in model.layers:
-            block.attention.wo.weight[0] = 0.0
-            block.feed_forward.w2.weight[0] = 0.0
-        tokens = torch.randint(3, 330, (20, 30), generator=torch.Generator().manual_seed(0))
-        states, logits = model.features(tokens), model(tokens)
-        wanted = logits.logsumexp(-1) - np.log(ends - 1) - logits[..., 2]  # how much the logit of EOS must rise
-        model.output.weight[2, 0] += (wanted / states[..., 0]).mean()
-    return model
-
-
-def save_reward(path: Path, seed: int, tokenizer: Tokenizer) -> str:
-    model = RewardModel(CONFIG).init_weights(seed).eval()
-    checkpoint.save_state(path / "checkpoint", 1, model, {}, {}, tokenizer)
-    (path / "reward.json").write_text(json.dumps({"evidence": False}))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Safety tuning: the preprompts, the gate of context distillation, the red-team round, and the stage."""
 import json
 import re
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from minillama import checkpoint, safety, sft
@@ -15,36 +17,14 @@ from minillama.data.pack import Shards
 from minillama.data.sources import read_prompts, write_jsonl
 from minillama.model import Llama
 from minillama.rejection import draw
-from minillama.reward import Gated, RewardModel, stack
+from minillama.reward import Gated, stack
 from minillama.safety import ADJECTIVES, distil, failures, preprompt, rescore, with_preprompt
 from minillama.tokenizer import Tokenizer
 
 CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=340, multiple_of=8, max_seq_len=160)
+talker = partial(tiny.talker, CONFIG)
+save_reward = partial(tiny.save_reward, CONFIG)
 TEXTS = [f"Line {i} of the long book. You are a wise and careful assistant. <<SYS>> [INST] " * (1 + i % 3) for i in range(120)]
-
-
-def talker(seed: int, ends: float) -> Llama:
-    """A model that ends an answer after about `ends` tokens: a feature that is always on, by which the output layer favours EOS."""
-    model = Llama(CONFIG).init_weights(seed).eval()
-    with torch.no_grad():
-        model.tok_embeddings.weight[:, 0] = 1.0
-        for block in model.layers:
-            block.attention.wo.weight[0] = 0.0
-            block.feed_forward.w2.weight[0] = 0.0
-        tokens = torch.randint(3, 340, (20, 30), generator=torch.Generator().manual_seed(0))
-        states, logits = model.features(tokens), model(tokens)
-        wanted = logits.logsumexp(-1) - np.log(ends - 1) - logits[..., 2]  # how much the logit of EOS must rise
-        model.output.weight[2, 0] += (wanted / states[..., 0]).mean()
-    return model
-
-
-def save_reward(path: Path, seed: int, tokenizer: Tokenizer) -> str:
-    model = RewardModel(CONFIG).init_weights(seed).eval()
-    with torch.no_grad():
-        model.score.bias.zero_()
-    checkpoint.save_state(path / "checkpoint", 1, model, {}, {}, tokenizer)
-    (path / "reward.json").write_text(json.dumps({"evidence": False}))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,8 @@ def _request(world: World, rng: Random, category: str, harmful: bool) -> tuple[s
 
 
 def hazards(world: World, split: str, n: int | None = None, purpose: str = "", harmful: bool | None = None) -> list[Task]:
-    """n requests of a split, categories and vectors in turn, half of them harmful (or all, or none). Default n: a quarter of the split's tasks.
+    """n requests of a split, categories and vectors in turn, half of them harmful (or all, or none). Default n: half
+    of the split's tasks, a sixth of the training instructions.
 
     Which combination of a request and a vector belongs to which split follows from a hash, so no split shares one. Args: category, vector, harmful,
     and what the answer is filled with.
