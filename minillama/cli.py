@@ -34,7 +34,7 @@ def info(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    """The whole pipeline on tinyworld: corpus, tokenizer, pretraining, SFT, evaluation, report."""
+    """The whole pipeline on tinyworld: corpus, tokenizer, pretraining, SFT, alignment, evaluation, report."""
     from minillama.config import DemoConfig
 
     c, _ = _config(DemoConfig, "demo", argv)

@@ -1,4 +1,4 @@
-"""The whole pipeline in one command: a world, its corpus cleaned, a tokenizer, a base model, a chat model, and a report.
+"""The whole pipeline in one command: a world, its corpus cleaned, a tokenizer, a base model, a chat model, its alignment, and a report.
 
     minillama demo --scale laptop          # what `make demo` runs
 
