@@ -14,7 +14,6 @@ from pathlib import Path
 from random import Random
 
 from minillama import gatt, ppo, rejection, reward, safety, sft
-from minillama.chat import Message, encode_prompt
 from minillama.checkpoint import load
 from minillama.config import GAttConfig, PPOConfig, RejectConfig, RewardConfig, SafetyConfig, SFTConfig, TrainConfig
 from minillama.data import hazards, sources
@@ -22,8 +21,6 @@ from minillama.data.preferences import Annotator, Pair
 from minillama.data.world import STANDING, Task, World
 from minillama.evaluation import alignment as judge
 from minillama.evaluation.tinyworld import judge as properties
-from minillama.generate import sample_many
-from minillama.model import Llama
 
 Stage = Callable[[str, str, Path, Callable[[], None]], None]
 MODELS = ("sft", "gatt", "reject-2", "ppo", "safety")
@@ -43,11 +40,19 @@ def prompt_rows(tasks: list[Task]) -> list[dict]:
     return [{"messages": [{"role": "user", "content": t.prompt}], "safety": t.kind == "hazard" and t.args["harmful"]} for t in tasks]
 
 
-def answers(model: Llama, tokenizer, tasks: list[Task], temperature: float, seed: int) -> list[str]:
-    """One sampled answer a task."""
-    prompts = [encode_prompt(tokenizer, [Message("user", t.prompt)]) for t in tasks]
-    rows = sample_many(model, prompts, MAX_NEW, temperature, seed, [[tokenizer.eos_id]])
-    return [tokenizer.decode(ids[:-1] if stopped else ids).strip() for ids, stopped in zip(rows.tokens, rows.stopped, strict=True)]
+def finished(out: Path, name: str) -> Path:
+    """A file that exists once a training stage has saved its last step."""
+    return out / name / "done"
+
+
+def training(out: Path, name: str, work: Callable[[], object]) -> Callable[[], None]:
+    """`work`, and then the file that says that it is done."""
+
+    def both() -> None:
+        work()
+        finished(out, name).touch()
+
+    return both
 
 
 def collect(world: World, variants: list[Path], tasks: list[Task], temperatures: tuple[float, float], seed: int) -> list[Pair]:
@@ -56,7 +61,7 @@ def collect(world: World, variants: list[Path], tasks: list[Task], temperatures:
     both = []
     for i, (path, temperature) in enumerate(zip(variants, temperatures, strict=True)):
         model, tokenizer = load(path)
-        both.append(answers(model, tokenizer, tasks, temperature, seed + i))
+        both.append(judge.answers_of(model, tokenizer, tasks, temperature, seed + i))
     rater, rng, pairs = Annotator(world, seed), Random(f"order:{seed}"), []
     for task, a, b in zip(tasks, *both, strict=True):
         pairs.append(rater.compare(task, *((a, b) if rng.random() < 0.5 else (b, a))))
@@ -65,15 +70,6 @@ def collect(world: World, variants: list[Path], tasks: list[Task], temperatures:
 
 def build(world: World, out: Path, settings: dict, seed: int, device: str, stage: Stage) -> None:
     """Run every alignment stage that is not there yet."""
-    done = lambda name: out / name / "done"  # noqa: E731
-
-    def training(name: str, work: Callable[[], object]) -> Callable[[], None]:
-        def both() -> None:
-            work()
-            done(name).touch()
-
-        return both
-
     def options(name: str) -> dict:
         return train_config(settings[name], seed, device)
 
@@ -98,8 +94,8 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
     def reward_model(kind: str, number: int) -> Callable[[], None]:
         data = [str(out / f"preferences-{i}.jsonl") for i in range(1, number + 1)]
         name = f"reward-{kind}-{number}"
-        return training(name, lambda: reward.run(RewardConfig(data=data, init=str(out / "sft"), out=str(out / name), kind=kind, resume=True,
-                                                              **options(f"reward_{kind}"))))  # fmt: skip
+        c = RewardConfig(data=data, init=str(out / "sft"), out=str(out / name), kind=kind, resume=True, **options(f"reward_{kind}"))
+        return training(out, name, lambda: reward.run(c))
 
     def prompts(purpose: str, n: int) -> list[dict]:
         """Helpful prompts and, so that those skills are not forgotten, one harmless or harmful request for each eight of them."""
@@ -114,7 +110,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
                                        pool=[str(out / f"reject-{i}" / "selected.jsonl") for i in range(1, number)], max_new_tokens=MAX_NEW, resume=True,
                                        **o), rows)  # fmt: skip
 
-        return training(f"reject-{number}", work)
+        return training(out, f"reject-{number}", work)
 
     def optimise() -> None:
         o = dict(settings["ppo"])
@@ -138,7 +134,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
             c = GAttConfig(policy=str(out / "sft"), out=str(out / name), ghost=on, max_new_tokens=40, resume=True, **o)
             gatt.run(c, dialogues("gatt", n, turns), [e["messages"] for e in world.demonstrations()[:keep]])
 
-        return training(name, work)
+        return training(out, name, work)
 
     def make_safe() -> None:
         o = options("safety")
@@ -147,17 +143,18 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
                                 safety=str(out / "reward-safety-2"), out=str(out / "safety"), max_new_tokens=MAX_NEW, resume=True, **o),
                    prompt_rows(tasks))  # fmt: skip
 
-    stage("safety-sft", "supervised safety tuning", done("safety-sft"), training("safety-sft", safety_sft))
+    stage("safety-sft", "supervised safety tuning", finished(out, "safety-sft"), training(out, "safety-sft", safety_sft))
     for number, policy in ((1, "sft"), (2, "reject-1")):
         stage(f"preferences-{number}", f"preferences, round {number}", out / f"preferences-{number}.jsonl", preferences(number, policy))
-        stage(f"reward-helpful-{number}", f"helpfulness reward model, round {number}", done(f"reward-helpful-{number}"), reward_model("helpful", number))
+        name = f"reward-helpful-{number}"
+        stage(name, f"helpfulness reward model, round {number}", finished(out, name), reward_model("helpful", number))
         if number == 2:
-            stage("reward-safety-2", "safety reward model", done("reward-safety-2"), reward_model("safety", 2))
-        stage(f"reject-{number}", f"rejection sampling, round {number}", done(f"reject-{number}"), reject(number, policy))
-    stage("ppo", "PPO", done("ppo"), training("ppo", optimise))
-    stage("gatt", "Ghost Attention", done("gatt"), ghost("gatt", True))
-    stage("gatt-control", "Ghost Attention's control", done("gatt-control"), ghost("gatt-control", False))
-    stage("safety", "safety tuning", done("safety"), training("safety", make_safe))
+            stage("reward-safety-2", "safety reward model", finished(out, "reward-safety-2"), reward_model("safety", 2))
+        stage(f"reject-{number}", f"rejection sampling, round {number}", finished(out, f"reject-{number}"), reject(number, policy))
+    stage("ppo", "PPO", finished(out, "ppo"), training(out, "ppo", optimise))
+    stage("gatt", "Ghost Attention", finished(out, "gatt"), ghost("gatt", True))
+    stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), ghost("gatt-control", False))
+    stage("safety", "safety tuning", finished(out, "safety"), training(out, "safety", make_safe))
     stage("align-eval", "evaluation of alignment on the test split", out / "align.json", lambda: write(out / "align.json", evaluate(world, out, seed)))
 
 
@@ -193,19 +190,20 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     for t in shown:
         result["samples"].append({"prompt": t.prompt, **{name: judge.answers_of(m, tokenizer, [t], 0.0)[0] for name, m in models.items()}})
     fresh = collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed)
+    raters = {kind: reward.load(out / f"reward-{kind}-2")[0] for kind in ("helpful", "safety")}
     result["reward"] = {}
-    for kind in ("helpful", "safety"):
-        m, _ = reward.load(out / f"reward-{kind}-2")
+    for kind, m in raters.items():
         mine = [p for p in fresh if p.kind == kind]
         result["reward"][kind] = {"accuracy": reward.accuracy(m, tokenizer, mine), "calibration": reward.calibration(m, tokenizer, mine)}
-    helpful = reward.load(out / "reward-helpful-2")[0]
-    result["reward"]["helpful"]["probes"] = judge.probes(helpful, tokenizer, world, tasks)
+    result["reward"]["helpful"]["probes"] = judge.probes(raters["helpful"], tokenizer, world, tasks)
     samples = sources.read_rows(out / "reject-2" / "samples.jsonl", ("samples",))
     k = len(samples[0]["samples"])
     result["best_of"] = rejection.best_of([r["samples"] for r in samples], [n for n in (1, 2, 4, 8, 16, 32) if n <= k])
-    recall = lambda name, **how: {"seen": judge.standing_recall(load(out / name)[0], tokenizer, world, **how)}  # noqa: E731
-    result["standing"] = {"SFT, instruction on every turn": recall("sft", turns=SHORT, every=True), "sft": recall("sft", turns=SHORT),
-                          "control": recall("gatt-control", turns=SHORT), "gatt": recall("gatt", turns=SHORT)}  # fmt: skip
-    result["standing"]["gatt"]["seen"] |= recall("gatt", turns=(20,), n=40)["seen"]
-    result["standing"]["gatt"]["unseen"] = recall("gatt", turns=SHORT, unseen=True)["seen"]
+    chat, ghost, control = models["sft"], models["gatt"], load(out / "gatt-control")[0]
+    recall = lambda model, **how: judge.standing_recall(model, tokenizer, world, **how)  # noqa: E731
+    result["standing"] = {
+        "SFT, instruction on every turn": {"seen": recall(chat, turns=SHORT, every=True)}, "sft": {"seen": recall(chat, turns=SHORT)},
+        "control": {"seen": recall(control, turns=SHORT)},
+        "gatt": {"seen": {**recall(ghost, turns=SHORT), **recall(ghost, turns=(20,), n=40)}, "unseen": recall(ghost, turns=SHORT, unseen=True)},
+    }  # fmt: skip
     return result

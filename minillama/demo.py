@@ -64,7 +64,7 @@ def run(config: DemoConfig) -> Path:
         kept, result = clean(documents, CleanConfig(workers=2), tests)
         questions = world.contamination(d["text"] for d in kept)
         demos = world.contamination(m["content"] for e in world.demonstrations() for m in e["messages"])
-        write(out / "clean.json", {
+        align.write(out / "clean.json", {
             "scores": score(result, documents), "documents": len(documents), "kept": len(kept), "characters": sum(len(d["text"]) for d in kept),
             "contamination_before": world.contamination(d["text"] for d in documents), "contamination": questions, "contamination_sft": demos,
         })  # fmt: skip
@@ -84,7 +84,7 @@ def run(config: DemoConfig) -> Path:
             t = Tokenizer.train(train_on, size, model_file if size == settings["tokenizer"]["vocab_size"] else out / "tokenizer.tmp")
             table.append({"vocab_size": size, "bytes_per_token": len(held.encode()) / len(t.encode(held))})
         (out / "tokenizer.tmp").unlink(missing_ok=True)
-        write(out / "tokenizer.json", table)
+        align.write(out / "tokenizer.json", table)
 
     def train_base() -> None:
         tokenizer = Tokenizer(model_file)
@@ -95,11 +95,7 @@ def run(config: DemoConfig) -> Path:
         pretrain.run(c, texts(), Probes(world, tokenizer))
 
     def tune() -> None:
-        more = dict(settings["sft"])
-        c = SFTConfig(
-            init=str(out / "pretrain"), out=str(out / "sft"), epochs=more.pop("epochs"), resume=True,
-            train=TrainConfig(steps=1, seed=config.seed, device=config.device, **more),
-        )  # fmt: skip
+        c = SFTConfig(init=str(out / "pretrain"), out=str(out / "sft"), resume=True, **align.train_config(settings["sft"], config.seed, config.device))
         sft.run(c, [e["messages"] for e in world.demonstrations()])
 
     def evaluate() -> None:
@@ -116,28 +112,12 @@ def run(config: DemoConfig) -> Path:
             "sft": {t: judge(world, tasks, a) for t, a in chats.items()},
             "samples": [{"prompt": tasks[i].prompt, "kind": tasks[i].kind, "base": bases["0.0"][i], "sft": chats["0.0"][i]} for i in first],
         }
-        write(out / "eval.json", results)
-
-    def write(path: Path, data: object) -> None:
-        tmp = path.with_suffix(".tmp")
-        tmp.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        tmp.rename(path)
-
-    def finished(name: str) -> Path:
-        """A file that exists once a training stage has saved its last step."""
-        return out / name / "done"
-
-    def training(name: str, work: Callable[[], None]) -> Callable[[], None]:
-        def both() -> None:
-            work()
-            finished(name).touch()
-
-        return both
+        align.write(out / "eval.json", results)
 
     stage("corpus", f"corpus of tinyworld {world.hash}, written and cleaned", corpus, make_corpus)
     stage("tokenizer", "tokenizer", out / "tokenizer.json", learn_tokenizer)
-    stage("pretrain", "pretraining", finished("pretrain"), training("pretrain", train_base))
-    stage("sft", "supervised fine-tuning", finished("sft"), training("sft", tune))
+    stage("pretrain", "pretraining", align.finished(out, "pretrain"), align.training(out, "pretrain", train_base))
+    stage("sft", "supervised fine-tuning", align.finished(out, "sft"), align.training(out, "sft", tune))
     stage("eval", "evaluation on the test split", out / "eval.json", evaluate)
     if "align" in settings:
         align.build(world, out, settings["align"], config.seed, config.device, stage)

@@ -180,20 +180,18 @@ def rollout(
     score = whiten(logit_clamp(raw)) - config.no_eos_penalty * (~finished).float()  # [B]
     x = {name: t.to(device) for name, t in stack(rows).items()}
     tokens, mask = x["tokens"], answer_mask(x["starts"], x["lengths"], x["tokens"].shape[1])
-    size = MICRO
-    logp = by_batch(lambda t: log_probs(policy, t), tokens, x["lengths"], size).masked_fill(~mask, 0.0)  # [B,T-1]
-    ref_logp = by_batch(lambda t: log_probs(reference, t), tokens, x["lengths"], size).masked_fill(~mask, 0.0)
-    values = by_batch(lambda t: critic.values(t)[:, :-1], tokens, x["lengths"], size).masked_fill(~mask, 0.0)  # the state before each action
+    logp = by_batch(lambda t: log_probs(policy, t), tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)  # [B,T-1]
+    ref_logp = by_batch(lambda t: log_probs(reference, t), tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)
+    values = by_batch(lambda t: critic.values(t)[:, :-1], tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)  # the state before each action
     k1, k3 = kl_estimates(logp, ref_logp)
     advantages, returns = gae(token_rewards(score.to(device), k1, mask, config.beta), values, mask, config.gamma, config.gae_lambda)
-    answers = [ids for ids in drawn.tokens]
     count = mask.sum(1)
     error = masked_mean((returns - values).square(), mask)
     spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
     metrics = {
         "reward": float(scored["reward"].mean()), "helpful": float(scored["helpful"].mean()),
         "kl": float((k1 * mask).sum(1).mean()), "kl_k3": float((k3 * mask).sum(1).mean()), "length": float(count.float().mean()),
-        "finished": float(finished.float().mean()), "distinct_2": distinct(answers), "value": float(masked_mean(values, mask)),
+        "finished": float(finished.float().mean()), "distinct_2": distinct(drawn.tokens), "value": float(masked_mean(values, mask)),
         "return": float(masked_mean(returns, mask)), "explained_variance": float(1 - error / spread.clamp(min=1e-8)),
         "advantage_std": float(masked_mean(advantages.square(), mask).sqrt()),
     }  # fmt: skip

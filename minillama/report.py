@@ -40,7 +40,7 @@ def copying_turn(metrics: list[dict], level: float = 0.5) -> dict | None:
 
 def interval(r: dict) -> str:
     """A rate with its 95% Wilson interval and n, as text."""
-    return f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}] (n = {r['n']})"
+    return f"{short(r)} (n = {r['n']})"
 
 
 def build(run: str | Path) -> Path:

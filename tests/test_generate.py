@@ -3,10 +3,11 @@ import dataclasses
 import itertools
 
 import pytest
+import tiny
 import torch
 
 import minillama
-from minillama import Llama, LlamaConfig, Tokenizer
+from minillama import LlamaConfig, Tokenizer
 from minillama import generate as g  # the name is the module and callable
 from minillama.generate import generate, log_probs, sample, stream, stream_text
 
@@ -15,16 +16,7 @@ RAGGED = [[1, 5, 9, 13, 17, 21, 25], [1, 30], [1, 7, 8, 2, 40, 41, 42, 43, 44, 4
 
 
 def build(config=CONFIG, seed=3):
-    """A model whose every weight matters: norm weights away from 1, a large norm_eps, logits far from uniform."""
-    model = Llama(config).init_weights(seed)
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.copy_(torch.rand(p.shape, generator=rng) + 0.5)
-            elif name == "output.weight":
-                p.mul_(2.0)
-    return model
+    return tiny.build(config, seed)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import minillama
@@ -32,16 +33,7 @@ FIELDS = ("mask", "logp", "ref_logp", "values", "advantages", "returns")
 
 
 def build(kind=Llama, seed=3, config=CONFIG):
-    """A model whose every weight matters: norm weights away from 1, logits and values far from constant."""
-    model = kind(config).init_weights(seed)
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.copy_(torch.rand(p.shape, generator=rng) + 0.5)
-            elif name == "output.weight":
-                p.mul_(2.0)
-    return model.eval()
+    return tiny.build(config, seed, kind).eval()
 
 
 # ---- the definitions, one number at a time -------------------------------------------------------------------------------------

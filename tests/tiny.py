@@ -12,6 +12,19 @@ from minillama.reward import RewardModel
 from minillama.tokenizer import Tokenizer
 
 
+def build(config: LlamaConfig, seed: int = 3, kind: type[Llama] = Llama) -> Llama:
+    """A model whose every weight matters: norm weights away from 1, logits and values far from constant."""
+    model = kind(config).init_weights(seed)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.copy_(torch.rand(p.shape, generator=rng) + 0.5)
+            elif name == "output.weight":
+                p.mul_(2.0)
+    return model
+
+
 def talker(config: LlamaConfig, seed: int, ends: float) -> Llama:
     """A model that ends an answer after about `ends` tokens: a feature that is always on, by which the output layer favours EOS."""
     model = Llama(config).init_weights(seed).eval()

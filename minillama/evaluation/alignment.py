@@ -18,7 +18,7 @@ from minillama.evaluation.stats import paired, rate
 from minillama.evaluation.tinyworld import MAX_NEW, chat_answers
 from minillama.generate import log_probs, sample_many
 from minillama.model import Llama
-from minillama.reward import RewardModel, encode, score
+from minillama.reward import RewardModel, encode, score, stack
 from minillama.tokenizer import Tokenizer
 
 BATCH = 256
@@ -79,13 +79,11 @@ def divergence(model: Llama, reference: Llama, tokenizer: Tokenizer, tasks: Sequ
     error, and the mean length in tokens."""
     prompts = [encode_prompt(tokenizer, [Message("user", t.prompt)]) for t in tasks]
     drawn = sample_many(model, prompts, MAX_NEW, 1.0, seed, [[tokenizer.eos_id]], BATCH)
-    rows = sorted((p + ids, len(p)) for p, ids in zip(prompts, drawn.tokens, strict=True))
-    rows.sort(key=lambda r: len(r[0]))
+    rows = sorted(((p + ids, len(p)) for p, ids in zip(prompts, drawn.tokens, strict=True)), key=lambda r: len(r[0]))
     sums = []
     for k in range(0, len(rows), 64):
         part = rows[k : k + 64]
-        T = max(len(ids) for ids, _ in part)
-        tokens = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part])
+        tokens = stack(part)["tokens"]  # [b,T]
         difference = log_probs(model, tokens) - log_probs(reference, tokens)  # [b,T-1]
         sums += [float(difference[i, s - 1 : len(ids) - 1].sum()) for i, (ids, s) in enumerate(part)]
     mean = sum(sums) / len(sums)
