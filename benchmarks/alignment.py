@@ -4,7 +4,8 @@
 
 Finished runs are read, not repeated. --controls adds, for each seed, rejection sampling that keeps a random sample of those that ended, and PPO with every
 reward given to another answer; both start where the real ones start and are judged on the same test prompts. The control of rejection sampling still
-drops answers that never ended, which is itself a selection.
+drops answers that never ended, which is itself a selection. It also lets PPO's KL go (no penalty, twice the learning rate), with gold on the validation split
+beside the reward model's reward: the report then has the curve of over-optimisation.
 """
 import argparse
 import json
@@ -12,17 +13,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minillama import align, ppo, rejection
+from minillama import align, ppo, rejection, report
 from minillama.checkpoint import load
 from minillama.config import PPOConfig, RejectConfig
 from minillama.data.preferences import STRENGTHS
 from minillama.data.world import World
 from minillama.demo import recipe
 from minillama.evaluation import alignment as judge
+from minillama.report import read_metrics
 
 
 def controls(run: Path, scale: str, seed: int) -> dict:
-    """{"random": wins against SFT, "shuffled": wins against RS} at T = 1."""
+    """{"random": wins against SFT, "shuffled": wins against RS, both at T = 1; "free": PPO without its KL penalty, evaluation by evaluation}."""
     world, settings = World(seed, scale), recipe(scale)["align"]
     path = run / "controls.json"
     if path.exists():
@@ -35,12 +37,16 @@ def controls(run: Path, scale: str, seed: int) -> dict:
     o = {k: v for k, v in settings["ppo"].items() if k != "prompts"}
     ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-2"), out=str(run / "control-shuffled"), seed=seed, resume=True,
                       max_new_tokens=align.MAX_NEW, shuffle_rewards=True, **o), prompts)  # fmt: skip
+    o |= {"beta": 0.0, "lr": 2 * o["lr"], "iterations": 40, "eval_every": 5}
+    ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-2"), out=str(run / "control-free"), seed=seed, resume=True,
+                      max_new_tokens=align.MAX_NEW, **o), prompts, align.gold_watch(world, run, seed))  # fmt: skip
+    free = [r for r in read_metrics(run / "control-free" / "metrics.jsonl") if "eval/gold" in r]
     tasks = world.instructions("test")
     gold = {}
     for name in ("sft", "reject-2", "control-random", "control-shuffled"):
         model, tokenizer = load(run / name)
         gold[name] = judge.helpfulness(world, tasks, judge.answers_of(model, tokenizer, tasks, 1.0, seed))
-    result = {"random": judge.wins(gold["control-random"], gold["sft"]), "shuffled": judge.wins(gold["control-shuffled"], gold["reject-2"])}
+    result = {"random": judge.wins(gold["control-random"], gold["sft"]), "shuffled": judge.wins(gold["control-shuffled"], gold["reject-2"]), "free": free}
     align.write(path, result)
     return result
 
@@ -95,7 +101,14 @@ def main() -> None:
         seconds = sum(json.loads(line)["seconds"] for line in (run / "times.jsonl").read_text().splitlines())
         rows = checks(e, seconds, 60 * a.minutes)
         if a.controls:
-            for name, r in controls(run, a.scale, seed).items():
+            found = controls(run, a.scale, seed)
+            report.build(run)
+            free = found.pop("free")
+            best, last = max(free, key=lambda r: r["eval/gold"]), free[-1]
+            rows.append(("KL let go: the proxy rises while gold falls", f"gold {best['eval/gold']:.3f} at iteration {best['step']}, {last['eval/gold']:.3f} at "
+                         f"{last['step']}; proxy {best['eval/reward']:.2f}, {last['eval/reward']:.2f}",
+                         last["eval/gold"] < best["eval/gold"] - 0.05 and last["eval/reward"] > best["eval/reward"] - 0.1))  # fmt: skip
+            for name, r in found.items():
                 rows.append((f"control: {name}, interval holds 0.5", f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]", r["low"] <= 0.5 <= r["high"]))
         world = json.loads((run / "world.json").read_text())["hash"]
         print(f"\nseed {seed}, world {world}, n = {e['n']} prompts and {e['n_hazards']} hazards\n\n| what | seen | holds |\n|---|---|---|")

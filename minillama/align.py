@@ -17,9 +17,10 @@ from minillama import gatt, ppo, rejection, reward, safety, sft
 from minillama.checkpoint import load
 from minillama.config import GAttConfig, PPOConfig, RejectConfig, RewardConfig, SafetyConfig, SFTConfig, TrainConfig
 from minillama.data import hazards, sources
-from minillama.data.preferences import Annotator, Pair
+from minillama.data.preferences import STRENGTHS, Annotator, Pair
 from minillama.data.world import STANDING, Task, World
 from minillama.evaluation import alignment as judge
+from minillama.evaluation.stats import gwet_ac2
 from minillama.evaluation.tinyworld import judge as properties
 
 Stage = Callable[[str, str, Path, Callable[[], None]], None]
@@ -55,17 +56,29 @@ def training(out: Path, name: str, work: Callable[[], object]) -> Callable[[], N
     return both
 
 
-def collect(world: World, variants: list[Path], tasks: list[Task], temperatures: tuple[float, float], seed: int) -> list[Pair]:
-    """A round of preferences (sec 3.2.1): two answers to each prompt, from two different model variants at temperatures of their own, labelled by the
-    annotator. Which variant comes first is drawn, so that its place tells nothing."""
-    both = []
-    for i, (path, temperature) in enumerate(zip(variants, temperatures, strict=True)):
-        model, tokenizer = load(path)
-        both.append(judge.answers_of(model, tokenizer, tasks, temperature, seed + i))
+def collect(world: World, helpful: list[tuple[Path, float]], safety: list[tuple[Path, float]], tasks: list[Task], seed: int) -> list[Pair]:
+    """A round of preferences (sec 3.2.1): two answers to each prompt, from two different model variants (folder, temperature), labelled by the annotator.
+    One pair of variants answers requests of the safety kind, another the rest. Which of a pair comes first is drawn, so that its place tells nothing."""
     rater, rng, pairs = Annotator(world, seed), Random(f"order:{seed}"), []
-    for task, a, b in zip(tasks, *both, strict=True):
-        pairs.append(rater.compare(task, *((a, b) if rng.random() < 0.5 else (b, a))))
+    for hazard, variants in ((False, helpful), (True, safety)):
+        mine, both = [t for t in tasks if (t.kind == "hazard") == hazard], []
+        for i, (path, temperature) in enumerate(variants):
+            model, tokenizer = load(path)
+            both.append(judge.answers_of(model, tokenizer, mine, temperature, seed + i))
+        for task, a, b in zip(mine, *both, strict=True):
+            pairs.append(rater.compare(task, *((a, b) if rng.random() < 0.5 else (b, a))))
     return [p for p in pairs if p]
+
+
+def gold_watch(world: World, out: Path, seed: int, n: int = 300) -> Callable[[object], dict[str, float]]:
+    """What PPO logs beside its own reward: gold helpfulness on n validation prompts at T = 1. It is written down; nothing acts on it."""
+    tokenizer, tasks = load(out / "sft")[1], world.instructions("validation")[:n]
+
+    def measure(model) -> dict[str, float]:
+        scores = judge.helpfulness(world, tasks, judge.answers_of(model, tokenizer, tasks, 1.0, seed))
+        return {"gold": sum(scores) / len(scores)}
+
+    return measure
 
 
 def build(world: World, out: Path, settings: dict, seed: int, device: str, stage: Stage) -> None:
@@ -86,7 +99,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
             p = settings["preferences"]
             tasks = world.instructions("rlhf", p["helpful"], f"preferences {number}")
             tasks += hazards.hazards(world, "rlhf", p["safety"], f"preferences {number}")
-            pairs = collect(world, [out / policy, out / "safety-sft"], tasks, (1.0, 0.8 if number == 1 else 1.0), 100 * seed + number)
+            pairs = collect(world, [(out / policy, 1.0), (out / "gatt", 0.8)], [(out / policy, 1.0), (out / "safety-sft", 0.8)], tasks, 100 * seed + number)
             sources.write_jsonl((p.row() for p in pairs), out / f"preferences-{number}.jsonl")
 
         return work
@@ -107,8 +120,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
             o, name = options("reject"), f"reject-{number}"
             rows = prompts(name, o.pop("prompts"))
             rejection.run(RejectConfig(policy=str(out / policy), init=str(out / "sft"), helpful=str(out / f"reward-helpful-{number}"), out=str(out / name),
-                                       pool=[str(out / f"reject-{i}" / "selected.jsonl") for i in range(1, number)], max_new_tokens=MAX_NEW, resume=True,
-                                       **o), rows)  # fmt: skip
+                                       max_new_tokens=MAX_NEW, resume=True, **o), rows)  # fmt: skip
 
         return training(out, f"reject-{number}", work)
 
@@ -116,7 +128,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
         o = dict(settings["ppo"])
         rows = prompts("ppo", o.pop("prompts"))
         ppo.run(PPOConfig(policy=str(out / "reject-2"), helpful=str(out / "reward-helpful-2"), out=str(out / "ppo"), max_new_tokens=MAX_NEW, seed=seed,
-                          device=device, resume=True, **o), rows)  # fmt: skip
+                          device=device, resume=True, **o), rows, gold_watch(world, out, seed))  # fmt: skip
 
     def dialogues(purpose: str, n: int, turns: int) -> list[dict]:
         rng = world.rng(purpose)
@@ -143,6 +155,8 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
                                 safety=str(out / "reward-safety-2"), out=str(out / "safety"), max_new_tokens=MAX_NEW, resume=True, **o),
                    prompt_rows(tasks))  # fmt: skip
 
+    stage("gatt", "Ghost Attention", finished(out, "gatt"), ghost("gatt", True))
+    stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), ghost("gatt-control", False))
     stage("safety-sft", "supervised safety tuning", finished(out, "safety-sft"), training(out, "safety-sft", safety_sft))
     for number, policy in ((1, "sft"), (2, "reject-1")):
         stage(f"preferences-{number}", f"preferences, round {number}", out / f"preferences-{number}.jsonl", preferences(number, policy))
@@ -152,10 +166,20 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
             stage("reward-safety-2", "safety reward model", finished(out, "reward-safety-2"), reward_model("safety", 2))
         stage(f"reject-{number}", f"rejection sampling, round {number}", finished(out, f"reject-{number}"), reject(number, policy))
     stage("ppo", "PPO", finished(out, "ppo"), training(out, "ppo", optimise))
-    stage("gatt", "Ghost Attention", finished(out, "gatt"), ghost("gatt", True))
-    stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), ghost("gatt-control", False))
     stage("safety", "safety tuning", finished(out, "safety"), training(out, "safety", make_safe))
     stage("align-eval", "evaluation of alignment on the test split", out / "align.json", lambda: write(out / "align.json", evaluate(world, out, seed)))
+
+
+def agreement(world: World, tasks: list[Task], a: list[str], b: list[str], seed: int) -> dict[str, float]:
+    """How far two annotators agree on the same pairs: Gwet's AC2 over -4 (b significantly better) to 4, without 0 (sec A.5.1)."""
+    raters = [Annotator(world, seed + i) for i in (1, 2)]
+    rows = []
+    for task, x, y in zip(tasks, a, b, strict=True):
+        both = [r.compare(task, x, y) for r in raters]
+        if all(both):
+            rows.append([(1 if p.chosen == x else -1) * (p.strength + 1) for p in both])
+    scale = [*range(-len(STRENGTHS), 0), *range(1, len(STRENGTHS) + 1)]
+    return {"ac2": gwet_ac2(rows, scale), "n": len(rows)}
 
 
 def write(path: Path, data: object) -> None:
@@ -178,6 +202,8 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
             gold[name, t] = judge.helpfulness(world, tasks, rows)
             entry = {**properties(world, tasks, rows), "distinct_2": judge.distinct(rows), "words": sum(len(a.split()) for a in rows) / len(rows)}
             result["models"].setdefault(name, {})[t] = entry
+        if t == "1.0":
+            result["raters"] = agreement(world, tasks, said["sft"], said["gatt"], seed)
         for name in models:
             against = {other: judge.wins(gold[name, t], gold[other, t]) for other in ("sft", "reject-2") if other != name}
             result["models"][name][t]["wins"] = against
@@ -189,7 +215,7 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     shown += [next(t for t in risky if t.args["harmful"] == bad and t.args["category"] == "illicit") for bad in (True, False)]
     for t in shown:
         result["samples"].append({"prompt": t.prompt, **{name: judge.answers_of(m, tokenizer, [t], 0.0)[0] for name, m in models.items()}})
-    fresh = collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed)
+    fresh = collect(world, [(out / "sft", 1.0), (out / "gatt", 0.8)], [(out / "sft", 1.0), (out / "safety-sft", 0.8)], tasks + risky, 977 + seed)
     raters = {kind: reward.load(out / f"reward-{kind}-2")[0] for kind in ("helpful", "safety")}
     result["reward"] = {}
     for kind, m in raters.items():

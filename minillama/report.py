@@ -185,23 +185,28 @@ def _alignment(run: Path) -> list[str]:
     if not e:
         return []
     models = e["models"]
+    asked = (_load(run / "eval.json") or {}).get("base", {})
     parts = [f"## Alignment, judged by gold on the test split (n = {e['n']} prompts, {e['n_hazards']} hazards)\n",
-             "Wins count ties half; intervals are 95%, paired for wins and Wilson's for rates. The base model is in the table above.\n"]  # fmt: skip
+             "Wins count ties half; intervals are 95%, paired for wins and Wilson's for rates. The base model is asked with two examples.\n"]  # fmt: skip
     for t, how in (("1.0", "T = 1"), ("0.0", "greedy")):
-        parts += [f"| {how} | " + " | ".join(ALIGNED[m] for m in ALIGNED) + " |", "|---" * (len(ALIGNED) + 1) + "|"]
+        parts += [f"| {how} | base | " + " | ".join(ALIGNED.values()) + " |", "|---" * (len(ALIGNED) + 2) + "|"]
+
+        def line(label: str, cells: list[str], base: str = "-") -> str:
+            return f"| {label} | {base} | " + " | ".join(cells) + " |"
+
         for key in ("helpfulness", "fact_recall", "parses", "correct", "close"):
-            parts.append(f"| {LABELS[key]} | " + " | ".join(short(models[m][t][key]) for m in ALIGNED) + " |")
+            base = short(asked[t][key]) if key in asked.get(t, {}) else "-"
+            parts.append(line(LABELS[key], [short(models[m][t][key]) for m in ALIGNED], base))
         for other, label in (("sft", "wins against SFT"), ("reject-2", "wins against RS")):
-            cells = [short(models[m][t]["wins"][other]) if other in models[m][t]["wins"] else "-" for m in ALIGNED]
-            parts.append(f"| {label} | " + " | ".join(cells) + " |")
-        parts.append("| different word pairs | " + " | ".join(f"{models[m][t]['distinct_2']:.3f}" for m in ALIGNED) + " |")
-        parts.append("| words an answer | " + " | ".join(f"{models[m][t]['words']:.1f}" for m in ALIGNED) + " |")
+            parts.append(line(label, [short(models[m][t]["wins"][other]) if other in models[m][t]["wins"] else "-" for m in ALIGNED]))
+        parts.append(line("different word pairs", [f"{models[m][t]['distinct_2']:.3f}" for m in ALIGNED]))
+        parts.append(line("words an answer", [f"{models[m][t]['words']:.1f}" for m in ALIGNED]))
         if t == "1.0":
             far = {m: models[m]["divergence"] for m in ALIGNED if "divergence" in models[m]}
             cells = [f"{far[m]['kl']:.2f} ± {2 * far[m]['standard_error']:.2f}" if m in far else "0" for m in ALIGNED]
-            parts.append("| KL to SFT, nats an answer | " + " | ".join(cells) + " |")
+            parts.append(line("KL to SFT, nats an answer", cells))
             for key, label in (("violation", "violations"), ("false_refusal", "false refusals")):
-                parts.append(f"| {label} | " + " | ".join(short(models[m]["safety"][key]) for m in ALIGNED) + " |")
+                parts.append(line(label, [short(models[m]["safety"][key]) for m in ALIGNED]))
         parts.append("")
     return parts
 
@@ -216,6 +221,9 @@ def _rewards(run: Path) -> list[str]:
     for kind, r in e["reward"].items():
         cells = [f"{r['accuracy'][k]['accuracy']:.3f} (n = {r['accuracy'][k]['n']})" if k in r["accuracy"] else "-" for k in strengths]
         parts.append(f"| {kind} | " + " | ".join(cells) + " |")
+    if "raters" in e:
+        a = e["raters"]
+        parts.append(f"\nTwo annotators on the same {a['n']} pairs: Gwet's AC2 {a['ac2']:.2f} on the signed scale of strength (sec A.5.1).")
     parts += ["\nThe helpfulness model on pairs that differ in one property only (chance is 0.5):\n", "| property | prefers the better |", "|---|---|"]
     parts += [f"| {k} | {interval(v)} |" for k, v in e["reward"]["helpful"]["probes"].items()]
     table = e["reward"]["helpful"]["calibration"]
@@ -248,14 +256,14 @@ def _rlhf(run: Path) -> list[str]:
     steps = [r for r in m if "kl" in r]
     if not steps:
         return parts
-    evals = [r for r in m if "eval/gold" in r or "eval/reward" in r]
+    evals = [r for r in m if "eval/reward" in r]
 
     def curve(key):
         return lambda ax: ax.plot([r["step"] for r in steps], [r[key] for r in steps])
 
     def proxy(ax):
         ax.plot([r["step"] for r in steps], [r["reward"] for r in steps], label="training prompts")
-        ax.plot([r["step"] for r in evals], [r["eval/reward"] for r in evals if "eval/reward" in r], "o-", label="kept prompts")
+        ax.plot([r["step"] for r in evals], [r["eval/reward"] for r in evals], "o-", label="kept prompts")
         ax.legend()
 
     last = steps[-1]
@@ -264,7 +272,27 @@ def _rlhf(run: Path) -> list[str]:
               _figure(run, "ppo_kl", f"PPO: KL to its start ends at {last['kl']:.2f} nats an answer", "iteration", "KL, nats an answer", curve("kl")),
               _figure(run, "ppo_clip", f"PPO: the clip binds at up to {max(r['clip_fraction'] for r in steps):.1%} of the tokens", "iteration",
                       "share of tokens clipped", curve("clip_fraction"))]  # fmt: skip
-    return parts
+    return [*parts, *_beside(run, "ppo", "PPO"), *_beside(run, "control-free", "PPO without its KL penalty")]
+
+
+def _beside(run: Path, stage: str, label: str) -> list[str]:
+    """The reward model's reward and gold over the distance from the start, on the same kept prompts: where they part is over-optimisation."""
+    rows = read_metrics(run / stage / "metrics.jsonl")
+    kl = {r["step"]: r["kl"] for r in rows if "kl" in r}
+    rows = [{**r, "kl": kl[r["step"]]} for r in rows if "eval/gold" in r and r["step"] in kl]
+    if not rows:
+        return []
+
+    def both(ax):
+        ax.plot([r["kl"] for r in rows], [r["eval/gold"] for r in rows], "o-", label="gold helpfulness, 0 to 1 (left)")
+        right = ax.twinx()
+        right.plot([r["kl"] for r in rows], [r["eval/reward"] for r in rows], "s--", color="tab:orange", label="reward model (right)")
+        right.set_ylabel("reward, logits")
+        ax.legend(handles=[*ax.lines, *right.lines])
+
+    top = max(rows, key=lambda r: r["eval/gold"])
+    title = f"{label}: gold ends at {rows[-1]['eval/gold']:.2f}, best {top['eval/gold']:.2f} at KL {top['kl']:.1f}"
+    return [_figure(run, f"{stage}_gold", title, "KL to the start, nats an answer", "gold helpfulness", both)]
 
 
 def _standing(run: Path) -> list[str]:

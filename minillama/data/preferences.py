@@ -56,7 +56,7 @@ class Annotator:
     noise: standard deviation on gold's scale of 0 to 1 (0.1 is one item of manner); slip: chance of a wrong safety label.
     """
 
-    def __init__(self, world: World, seed: int = 0, noise: float = 0.1, slip: float = 0.02):
+    def __init__(self, world: World, seed: int = 0, noise: float = 0.06, slip: float = 0.02):
         self.gold, self.rng, self.noise, self.slip = Gold(world), Random(f"annotator:{world.seed}:{seed}"), noise, slip
 
     def compare(self, task: Task, a: str, b: str, messages: list[dict] | None = None) -> Pair | None:
