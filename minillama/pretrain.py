@@ -19,7 +19,7 @@ from minillama.data.pack import Batches, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.tokenizer import Tokenizer
-from minillama.trainer import train, with_validation, write_config
+from minillama.trainer import last_state, train, with_validation, write_config
 
 
 def documents(spec: str) -> Iterator[str]:
@@ -36,6 +36,7 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
     Raises ValueError for data without text, a missing tokenizer, or an output folder that holds a run already (without resume).
     """
     out, c = Path(config.out), config.train
+    last_state(out, config.resume)  # a folder that holds a run is refused before anything in it is written over
     tokenizer = Tokenizer(config.tokenizer)
     if config.init:
         model = checkpoint.load(config.init)[0]

@@ -123,6 +123,51 @@ def last_state(out: str | os.PathLike, resume: bool) -> tuple[int, Path, dict[st
     return state
 
 
+def _compiled(model: nn.Module, loss_fn: LossFn, device: torch.device) -> LossFn:
+    """`loss_fn` compiled for a CPU; for a GPU the model's blocks are, in place. Without a C++ compiler a CPU goes on uncompiled, with a warning."""
+    if device.type != "cpu":
+        for block in getattr(model, "layers", [model]):
+            block.compile()  # one block at a time: all of them share one compilation
+        return loss_fn
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        print("torch.compile needs a C++ compiler on a CPU and finds none: training goes on without", file=sys.stderr)
+        return loss_fn
+    return torch.compile(loss_fn)  # the whole step: on a CPU models are small, and embedding, mask and loss are a tenth of the time
+
+
+class _Progress:
+    """What a run says of itself: a bar in a terminal, or lines where there is none, and metrics.jsonl."""
+
+    def __init__(self, metrics: Path, config: TrainConfig, start: int, label: str):
+        self.metrics, self.c, self.start, self.label = metrics, config, start, label
+        self.bar = tqdm(total=config.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
+        self.began = self.window = time.monotonic()
+        self.tokens = 0  # since `window`, for the rate
+
+    def step(self, done: int, loss: float, norm: float, lr: float, n: int, tokens_seen: int) -> None:
+        """Note a step of n tokens; every log_every steps, and at the end, say so."""
+        c, now = self.c, time.monotonic()
+        self.tokens += n
+        self.bar.update()
+        if done % c.log_every and done < c.steps:
+            return
+        rate = self.tokens / max(1e-9, now - self.window)
+        self.window, self.tokens = now, 0
+        text = f"loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (done % (10 * c.log_every) == 0 or done == c.steps):
+            eta = (now - self.began) / (done - self.start) * (c.steps - done)
+            print(f"{self.label} {done}/{c.steps} {text} ETA {eta:.0f} s", flush=True)
+        append_metrics(self.metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, time does not count against the rate."""
+        began = time.monotonic()
+        yield
+        self.window += time.monotonic() - began
+
+
 def train(
     model: nn.Module, batches: Callable[[int], list[dict[str, Tensor]]], loss_fn: LossFn, config: TrainConfig, out: str | os.PathLike,
     tokenizer: Tokenizer | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None, resume: bool = False, label: str = "train",
@@ -152,22 +197,16 @@ def train(
         tokens_seen = meta["tokens"]
     metrics = out / "metrics.jsonl"
     keep_metrics(metrics, start)
-    if c.compile and shutil.which(os.environ.get("CXX", "g++")) is None and device.type == "cpu":
-        print("torch.compile needs a C++ compiler on a CPU and finds none: training goes on without", file=sys.stderr)
-    elif c.compile and device.type == "cpu":
-        loss_fn = torch.compile(loss_fn)  # the whole step: on a CPU models are small, and embedding, mask and loss are a tenth of the time
-    elif c.compile:
-        for block in getattr(model, "layers", [model]):
-            block.compile()  # one block at a time: all of them share one compilation
+    if c.compile:
+        loss_fn = _compiled(model, loss_fn, device)
 
     def save(step: int) -> None:
         tensors = optimizer_tensors(optimizer, model)
         if not dist.is_initialized() or dist.get_rank() == 0:
             checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen}, tokenizer, keep=0)
 
-    bar = tqdm(total=c.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
-    began, window, window_tokens = time.monotonic(), time.monotonic(), 0
-    with stop_signals() as stop, bar:
+    progress = _Progress(metrics, c, start, label)
+    with stop_signals() as stop, progress.bar:
         for step in range(start, c.steps):
             lr = learning_rate(step, c)
             for group in optimizer.param_groups:
@@ -178,24 +217,14 @@ def train(
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; lower lr or look at the data of this step")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens_seen, window_tokens, done = tokens_seen + n, window_tokens + n, step + 1
-            now = time.monotonic()
-            bar.update()
-            if done % c.log_every == 0 or done == c.steps:
-                rate = window_tokens / max(1e-9, now - window)
-                window, window_tokens = now, 0
-                bar.set_postfix_str(f"loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s")
-                if bar.disable and (done % (10 * c.log_every) == 0 or done == c.steps):
-                    eta = (now - began) / (done - start) * (c.steps - done)
-                    print(f"{label} {done}/{c.steps} loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s ETA {eta:.0f} s", flush=True)
-                append_metrics(metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
+            tokens_seen, done = tokens_seen + n, step + 1
+            progress.step(done, loss, norm, lr, n, tokens_seen)
             if evaluate and (done == c.steps or c.eval_every and done % c.eval_every == 0):
                 model.eval()
-                with torch.compiler.set_stance("force_eager"):  # other shapes, and a cache: not worth compiling for
+                with torch.compiler.set_stance("force_eager"), progress.paused():  # other shapes, and a cache: not worth compiling for
                     measured = evaluate(model)
                 append_metrics(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in measured.items()}})
                 model.train()
-                window = time.monotonic()
             if stop or done == c.steps or c.save_every and done % c.save_every == 0:
                 save(done)
             if stop and done < c.steps:

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from minillama import checkpoint
+from minillama import _files
 from minillama.chat import Message, encode_dialogue, encode_prompt
 from minillama.checkpoint import load, load_hf, load_meta, load_state, load_weights, save, save_hf, save_state
 from minillama.config import LlamaConfig
@@ -108,7 +108,7 @@ def test_tokenizer_outlives_its_file(tmp_path, tokenizer):
 
 def fail_after(monkeypatch, calls):
     """Make the write number `calls` + 1 fail as a full disk does, with half a file left behind."""
-    real, count = checkpoint.save_file, [0]
+    real, count = _files.save_file, [0]
 
     def broken(tensors, file, metadata=None):
         count[0] += 1
@@ -118,7 +118,7 @@ def fail_after(monkeypatch, calls):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         real(tensors, file, metadata=metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", broken)
+    monkeypatch.setattr(_files, "save_file", broken)
 
 
 def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch, tokenizer):
@@ -170,7 +170,7 @@ def test_killed_between_the_renames(tmp_path, monkeypatch, rename):
 
     pid = os.fork()
     if pid == 0:
-        checkpoint.os.rename = killed
+        _files.os.rename = killed
         save(new, None, tmp_path / "a")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9

@@ -9,14 +9,15 @@ import yaml
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"config"},
-    {"tokenizer", "model", "chat"},
-    {"generate", "checkpoint", "data", "parallel", "trainer"},
+    {"_files", "tokenizer", "model", "chat"},
+    {"generate", "_huggingface", "checkpoint", "data", "parallel", "trainer"},
     {"pretrain", "sft", "gatt", "reward", "rejection", "ppo", "safety", "evaluation"},
     {"demo", "align", "report", "cli", "serve", "course", "__main__"},
 ]
-ALLOWED = {("chat", "tokenizer"), ("trainer", "checkpoint"), ("trainer", "parallel"), ("rejection", "sft"), ("rejection", "reward"), ("ppo", "reward"),
-           ("gatt", "sft"), ("safety", "sft"), ("safety", "rejection"), ("safety", "reward"), ("evaluation", "reward"), ("evaluation", "gatt"),
-           ("demo", "report"), ("demo", "align"), ("cli", "demo"), ("cli", "report"), ("__main__", "cli")}  # fmt: skip
+ALLOWED = {("chat", "tokenizer"), ("checkpoint", "_huggingface"), ("trainer", "checkpoint"), ("trainer", "parallel"), ("rejection", "sft"),
+           ("rejection", "reward"), ("ppo", "reward"), ("gatt", "sft"), ("safety", "sft"), ("safety", "rejection"), ("safety", "reward"),
+           ("evaluation", "reward"), ("evaluation", "gatt"), ("demo", "report"), ("demo", "align"), ("cli", "demo"), ("cli", "report"), ("course", "demo"),
+           ("__main__", "cli")}  # fmt: skip
 
 
 def level(part: str) -> int:
@@ -60,12 +61,12 @@ def test_environments_agree():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pins = {k.lower().replace("_", "-"): v for k, v in pins.items()}
     extras = project["optional-dependencies"]
-    for need in [*project["dependencies"], *extras["test"], *extras["peers"]]:
+    for need in [*project["dependencies"], *extras["test"], *extras["peers"], *extras["course"]]:
         name = re.match(r"[\w-]+", need).group().lower().replace("_", "-")
         assert name in pins, f"{name} has no pin in constraints.txt"
     env = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d["pip"] for d in env["dependencies"] if isinstance(d, dict))
-    assert "-c constraints.txt" in pip and "-e .[test,peers]" in pip
+    assert "-c constraints.txt" in pip and "-e .[test,peers,course]" in pip
     python = next(d for d in env["dependencies"] if isinstance(d, str) and d.startswith("python="))
     low = tuple(map(int, project["requires-python"].removeprefix(">=").split(".")))
     assert tuple(map(int, python.removeprefix("python=").split("."))) >= low

@@ -16,6 +16,7 @@ from minillama.data.gold import Gold
 from minillama.data.world import Task, World
 
 STRENGTHS = ("negligibly better", "slightly better", "better", "significantly better")
+LIMITS = (0.1, 0.45, 0.65)  # of quality, 0 to 1: one item of manner, nearly a right answer, a right answer and better manner
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ class Annotator:
         values = [self._safe_value(task, x) if harmful else self.gold.score(task, x).helpfulness for x in (a, b)]
         difference = values[0] - values[1] + self.rng.gauss(0.0, self.noise)
         if kind == "safety" and seen[0] != seen[1]:
-            difference = (1 if seen[0] else -1) * max(abs(difference), 0.6)
+            difference = (1 if seen[0] else -1) * max(abs(difference), 0.7)
         first = difference > 0
-        strength = sum(abs(difference) > limit for limit in (0.1, 0.25, 0.5))
+        strength = sum(abs(difference) > limit for limit in LIMITS)
         chosen_safe, rejected_safe = (seen[0], seen[1]) if first else (seen[1], seen[0])
         if rejected_safe and not chosen_safe:
             return None
