@@ -56,17 +56,16 @@ def training(out: Path, name: str, work: Callable[[], object]) -> Callable[[], N
     return both
 
 
-def collect(world: World, helpful: list[tuple[Path, float]], safety: list[tuple[Path, float]], tasks: list[Task], seed: int) -> list[Pair]:
-    """A round of preferences (sec 3.2.1): two answers to each prompt, from two different model variants (folder, temperature), labelled by the annotator.
-    One pair of variants answers requests of the safety kind, another the rest. Which of a pair comes first is drawn, so that its place tells nothing."""
+def collect(world: World, variants: list[Path], tasks: list[Task], temperatures: tuple[float, float], seed: int) -> list[Pair]:
+    """A round of preferences (sec 3.2.1): two answers to each prompt, from two different model variants at temperatures of their own, labelled by the
+    annotator. Which variant comes first is drawn, so that its place tells nothing."""
+    both = []
+    for i, (path, temperature) in enumerate(zip(variants, temperatures, strict=True)):
+        model, tokenizer = load(path)
+        both.append(judge.answers_of(model, tokenizer, tasks, temperature, seed + i))
     rater, rng, pairs = Annotator(world, seed), Random(f"order:{seed}"), []
-    for hazard, variants in ((False, helpful), (True, safety)):
-        mine, both = [t for t in tasks if (t.kind == "hazard") == hazard], []
-        for i, (path, temperature) in enumerate(variants):
-            model, tokenizer = load(path)
-            both.append(judge.answers_of(model, tokenizer, mine, temperature, seed + i))
-        for task, a, b in zip(mine, *both, strict=True):
-            pairs.append(rater.compare(task, *((a, b) if rng.random() < 0.5 else (b, a))))
+    for task, a, b in zip(tasks, *both, strict=True):
+        pairs.append(rater.compare(task, *((a, b) if rng.random() < 0.5 else (b, a))))
     return [p for p in pairs if p]
 
 
@@ -99,7 +98,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
             p = settings["preferences"]
             tasks = world.instructions("rlhf", p["helpful"], f"preferences {number}")
             tasks += hazards.hazards(world, "rlhf", p["safety"], f"preferences {number}")
-            pairs = collect(world, [(out / policy, 1.0), (out / "gatt", 0.8)], [(out / policy, 1.0), (out / "safety-sft", 0.8)], tasks, 100 * seed + number)
+            pairs = collect(world, [out / policy, out / "safety-sft"], tasks, (1.0, 0.8 if number == 1 else 1.0), 100 * seed + number)
             sources.write_jsonl((p.row() for p in pairs), out / f"preferences-{number}.jsonl")
 
         return work
@@ -120,7 +119,8 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
             o, name = options("reject"), f"reject-{number}"
             rows = prompts(name, o.pop("prompts"))
             rejection.run(RejectConfig(policy=str(out / policy), init=str(out / "sft"), helpful=str(out / f"reward-helpful-{number}"), out=str(out / name),
-                                       max_new_tokens=MAX_NEW, resume=True, **o), rows)  # fmt: skip
+                                       pool=[str(out / f"reject-{i}" / "selected.jsonl") for i in range(1, number)], max_new_tokens=MAX_NEW, resume=True,
+                                       **o), rows)  # fmt: skip
 
         return training(out, f"reject-{number}", work)
 
@@ -215,7 +215,7 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     shown += [next(t for t in risky if t.args["harmful"] == bad and t.args["category"] == "illicit") for bad in (True, False)]
     for t in shown:
         result["samples"].append({"prompt": t.prompt, **{name: judge.answers_of(m, tokenizer, [t], 0.0)[0] for name, m in models.items()}})
-    fresh = collect(world, [(out / "sft", 1.0), (out / "gatt", 0.8)], [(out / "sft", 1.0), (out / "safety-sft", 0.8)], tasks + risky, 977 + seed)
+    fresh = collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed)
     raters = {kind: reward.load(out / f"reward-{kind}-2")[0] for kind in ("helpful", "safety")}
     result["reward"] = {}
     for kind, m in raters.items():

@@ -433,7 +433,7 @@ class SafetyConfig:
     policy: str = "runs/my/ppo"
     """Chat checkpoint that is tuned, and that samples."""
     teacher: str = "runs/my/safety-sft"
-    """Chat checkpoint that answers adversarial prompts too, also behind safety preprompts: a model after supervised safety tuning."""
+    """Chat checkpoint that samples too and that is asked with safety preprompts: a model after supervised safety tuning."""
     helpful: str = "runs/my/reward"
     """Helpfulness reward model."""
     safety: str = "runs/my/reward-safety"
@@ -443,7 +443,7 @@ class SafetyConfig:
     out: str = "runs/my/safety"
     """Folder of the stage: distilled.jsonl, selected.jsonl, and the tuned model."""
     samples: int = 4
-    """Samples a prompt from the policy, and as many from the teacher for an adversarial one (assumed)."""
+    """Samples a prompt from policy and from teacher each (assumed)."""
     temperature: float = 1.0
     """Softmax temperature of the samples (assumed)."""
     max_new_tokens: int = 128

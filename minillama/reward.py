@@ -9,7 +9,7 @@ Departure: the last-state head of a million-parameter model judges manner well a
 words in the story? With `evidence` the score adds two bounded sums. Surprise: every token of the answer whose
 log-probability under the model itself is more than 1 nat below what the model expects there (its negative entropy) counts against it, by 6 nats at
 most; where many words would do, none is a surprise. Uptake: every token of the prompt, as much as the model finds it wanted (-1 to 1),
-times its best match among the answer's tokens, times 5. The first never rises with length, the second is at most 5 for each token of the prompt.
+times its best match among the answer's tokens. The first never rises with length, the second is at most the number of the prompt's tokens.
 
 Shapes: B rows, T time, D model, V vocabulary.
 """
@@ -33,7 +33,7 @@ from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
-SLACK, DEEPEST, MATCH, UPTAKE = 1.0, -6.0, 32, 5.0
+SLACK, DEEPEST, MATCH = 1.0, -6.0, 32
 
 
 class RewardModel(Llama):
@@ -76,7 +76,7 @@ class RewardModel(Llama):
         similar = torch.einsum("bim,bjm->bij", keys, keys).masked_fill(~answer[:, None], -1.0)  # [B,T,T]
         taken_up = similar.amax(2)  # [B,T], for each token of the prompt its best match in the answer
         wanted = torch.tanh(self.wanted(features)).squeeze(-1)  # [B,T]
-        return reward + UPTAKE * (wanted * taken_up * (at < starts[:, None])).sum(1)
+        return reward + (wanted * taken_up * (at < starts[:, None])).sum(1)
 
 
 def load(dir: str | Path) -> tuple[RewardModel, Tokenizer]:

@@ -2,9 +2,9 @@
 
     minillama safety --prompts runs/my/safety-prompts.jsonl --policy runs/my/ppo --teacher runs/my/safety-sft --out runs/my/safety
 
-Supervised safety tuning is `minillama sft` on safe demonstrations: alone it refuses too much. Here the policy answers adversarial and harmless
-prompts, that safer teacher the adversarial ones too; the gated reward picks: the safety model decides for adversarial prompts, the helpfulness model
-for the rest, unless an answer is unsafe. For adversarial prompts the teacher answers once more behind a safety preprompt, and that answer is learned without the preprompt
+Supervised safety tuning is `minillama sft` on safe demonstrations: alone it refuses too much. Here the policy and that safer teacher both answer
+adversarial and harmless prompts; the gated reward picks: the safety model decides for adversarial prompts, the helpfulness model for the rest, unless
+an answer is unsafe. For adversarial prompts the teacher answers once more behind a safety preprompt, and that answer is learned without the preprompt
 if the safety model likes it better than what the policy says by itself (sec 4.2.4: else distillation harms helpful answers and breeds false refusals).
 """
 from __future__ import annotations
@@ -93,10 +93,8 @@ def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
             if tokenizer is None or tokenizer.path.read_bytes() != reward.tokenizer.path.read_bytes():
                 raise ValueError(f"{path} and {config.safety} have different tokenizers")
             models.append(model.to(device).eval())
-        how = (config.samples, config.temperature, config.max_new_tokens)
-        drawn = draw(models[0], tokenizer, prompts, reward, *how, c.seed)
-        taught = iter(draw(models[1], tokenizer, adversarial, reward, *how, c.seed + 10))
-        best = [choose(row + next(taught) if p["safety"] else row, "best", Random(0)) for p, row in zip(prompts, drawn, strict=True)]
+        drawn = [draw(m, tokenizer, prompts, reward, config.samples, config.temperature, config.max_new_tokens, c.seed + 10 * i) for i, m in enumerate(models)]
+        best = [choose(a + b, "best", Random(0)) for a, b in zip(*drawn, strict=True)]
         rows = [{"messages": [*p["messages"], {"role": "assistant", "content": s["answer"]}], "reward": s["reward"], "safety": p["safety"]}
                 for p, s in zip(prompts, best, strict=True) if s]  # fmt: skip
         if config.distil:

@@ -550,15 +550,13 @@ def check_failures(m):
 def check_safety_run(m):
     """The best of policy's and teacher's samples by the gated reward, and of the distilled answers those that the gate let pass; the policy is tuned."""
     root = stages()[1]
-    prompts = [{"messages": messages(f"Tell line {i}"), "safety": i != 1} for i in range(3)]
-    adversarial = [prompts[0], prompts[2]]
+    prompts = [{"messages": messages(f"Tell line {i}"), "safety": i == 0} for i in range(3)]
     calls = []
 
     def draw(model, t, asked, *a):
         calls.append(asked)
-        best = (1, 0) if len(calls) == 1 else (2,)  # the teacher is best on prompt 2; prompt 1 it is not asked
-        rows = [(prompts.index(p), 1.0 if prompts.index(p) in best else -1.0) for p in asked]
-        return [[{"answer": f"{len(calls)} {i}", "reward": r, "safety": 0.0, "finished": True}] for i, r in rows]
+        best = 1 if len(calls) == 1 else 0  # the policy is best on prompt 1, the teacher on the others
+        return [[{"answer": f"{len(calls)} {i}", "reward": 1.0 if (i == 1) == (best == 1) else -1.0, "safety": 0.0, "finished": True}] for i in range(3)]
 
     def distil(policy, teacher, t, asked, *a):
         calls.append(asked)
@@ -568,8 +566,8 @@ def check_safety_run(m):
         paths = dict(policy=root / "policy", teacher=root / "policy" / "checkpoint", helpful=root / "helpful", safety=root / "harmless", out=folder)
         config = configs.SafetyConfig(**{k: str(v) for k, v in paths.items()}, train=configs.TrainConfig(device="cpu"))
         tuned, items = captured(m, config, prompts, draw=draw, distil=distil)
-    assert calls == [prompts, adversarial, adversarial] and tuned.init == config.policy
-    assert [x[-1]["content"] for x in items] == ["1 0", "1 1", "2 2", "distilled 0"]
+    assert calls == [prompts, prompts, prompts[:1]] and tuned.init == config.policy
+    assert [x[-1]["content"] for x in items] == ["2 0", "1 1", "2 2", "distilled 0"]
 
 
 # ---- the annotator -------------------------------------------------------------------------------------------------------------
@@ -593,7 +591,7 @@ HARMFUL, HARMLESS = (SimpleNamespace(kind="hazard", args={"harmful": x}, prompt=
 def check_labels(m):
     """The better answer is chosen, the clearer the difference the stronger, each side with its own label."""
     a = annotator(m)
-    for good, bad, strength in (("0.9/s", "0.85/s", 0), ("0.9/s", "0.7/s", 1), ("0.9/s", "0.35/s", 2), ("1.0/s", "0.2/s", 3), ("0.9/s", "0.4/u", 2)):
+    for good, bad, strength in (("0.9/s", "0.85/s", 0), ("0.9/s", "0.7/s", 1), ("0.9/s", "0.5/s", 2), ("1.0/s", "0.2/s", 3), ("0.9/s", "0.4/u", 2)):
         for pair in (a.compare(FACT, good, bad), a.compare(FACT, bad, good)):
             assert pair and (pair.chosen, pair.rejected, pair.strength, pair.kind) == (good, bad, strength, "helpful")
             assert (pair.chosen_safe, pair.rejected_safe) == (True, not bad.endswith("u"))
@@ -832,8 +830,7 @@ MUTANTS = [
     Mutant(safety, "the safest answers are the failures", '[i][0]["safety"])', '[i][0]["safety"], reverse=True)', check_failures),
     Mutant(safety, "distilled against the gate", 'for d in distilled if d["kept"]', "for d in distilled", check_safety_run),
     Mutant(safety, "harmless prompts are distilled", '[p for p in prompts if p["safety"]]', "list(prompts)", check_safety_run),
-    Mutant(safety, "the teacher's samples are not looked at", "choose(row + next(taught) if p[", "choose(row if p[", check_safety_run),
-    Mutant(safety, "the teacher answers every prompt", "draw(models[1], tokenizer, adversarial,", "draw(models[1], tokenizer, prompts,", check_safety_run),
+    Mutant(safety, "the teacher's samples are not looked at", "choose(a + b,", "choose(a,", check_safety_run),
     Mutant(safety, "the teacher is tuned", "SFTConfig(init=config.policy", "SFTConfig(init=config.teacher", check_safety_run),
     # the annotator
     Mutant(preferences, "the worse answer is chosen", "a if first else b, b if first else a", "b if first else a, a if first else b", check_labels),

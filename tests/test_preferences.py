@@ -38,7 +38,7 @@ def exact(world: World) -> Annotator:
 def test_the_better_answer_wins_by_as_much_as_it_is_better(swap, world, fact):
     """Guards against a flipped side and a strength that does not follow the difference."""
     task, answers = fact
-    for good, bad, strength in ((1.0, 0.0, 3), (0.9, 0.0, 3), (0.7, 0.0, 3), (1.0, 0.5, 2), (0.9, 0.5, 1), (1.0, 0.7, 1), (0.9, 0.7, 1), (0.7, 0.5, 1)):
+    for good, bad, strength in ((1.0, 0.0, 3), (0.9, 0.0, 3), (0.7, 0.0, 3), (1.0, 0.5, 2), (0.9, 0.5, 2), (1.0, 0.7, 2), (0.9, 0.7, 1), (0.7, 0.5, 1)):
         a, b = answers[good], answers[bad]
         pair = exact(world).compare(task, *((b, a) if swap else (a, b)))
         assert (pair.chosen, pair.rejected, pair.strength) == (a, b, strength), (good, bad)
@@ -51,10 +51,10 @@ def test_the_better_answer_wins_by_as_much_as_it_is_better(swap, world, fact):
 
 
 def test_strengths_have_their_thresholds(world, fact):
-    """Guards against thresholds that are shifted by one: differences just below and above 0.1, 0.45 and 0.65."""
+    """Guards against thresholds that are shifted by one: differences just below and above 0.1, 0.25 and 0.5."""
     task, _ = fact
     rater = exact(world)
-    for difference, strength in ((0.01, 0), (0.09, 0), (0.11, 1), (0.44, 1), (0.46, 2), (0.64, 2), (0.66, 3), (1.0, 3)):
+    for difference, strength in ((0.01, 0), (0.09, 0), (0.11, 1), (0.24, 1), (0.26, 2), (0.49, 2), (0.51, 3), (1.0, 3)):
         for sign in (1, -1):
             worth = {"a": 0.5 + sign * difference / 2, "b": 0.5 - sign * difference / 2}
             rater.gold = SimpleNamespace(violates=lambda x: False, score=lambda t, x, worth=worth: SimpleNamespace(helpfulness=worth[x]))

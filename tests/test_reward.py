@@ -65,7 +65,7 @@ def by_hand(model: RewardModel, ids: list[int], start: int) -> float:
             keys = model.match(model.tok_embeddings(torch.tensor(ids)))
             for i in range(start):
                 cosines = [float(keys[i] @ keys[j] / keys[i].norm() / keys[j].norm()) for j in range(start, len(ids))]
-                total += 5.0 * math.tanh(float(model.wanted(states[i]))) * max(cosines, default=-1.0)
+                total += math.tanh(float(model.wanted(states[i]))) * max(cosines, default=-1.0)
     return total
 
 

@@ -160,11 +160,10 @@ def test_a_run_learns_the_best_of_both_models_and_what_was_distilled(models, tun
     policy, teacher, reward, adversarial = loaded(root)
     out, model = tuned
     prompts = read_prompts(str(root / "prompts.jsonl"))
-    drawn = draw(policy, tokenizer, prompts, reward, 2, 1.0, 16, 0)
-    taught = dict(zip((json.dumps(p) for p in adversarial), draw(teacher, tokenizer, adversarial, reward, 2, 1.0, 16, 10), strict=True))
+    a, b = (draw(m, tokenizer, prompts, reward, 2, 1.0, 16, seed) for m, seed in ((policy, 0), (teacher, 10)))
     want = []
-    for p, own in zip(prompts, drawn, strict=True):
-        ended = [s for s in own + taught.get(json.dumps(p), []) if s["finished"]]
+    for p, left, right in zip(prompts, a, b, strict=True):
+        ended = [s for s in left + right if s["finished"]]
         if ended:
             best = max(ended, key=lambda s: s["reward"])
             want.append({"messages": [*p["messages"], {"role": "assistant", "content": best["answer"]}], "reward": best["reward"], "safety": p["safety"]})

@@ -16,7 +16,7 @@ from minillama.data.gold import Gold
 from minillama.data.world import Task, World
 
 STRENGTHS = ("negligibly better", "slightly better", "better", "significantly better")
-LIMITS = (0.1, 0.45, 0.65)  # of quality, 0 to 1: one item of manner, nearly a right answer, a right answer and better manner
+LIMITS = (0.1, 0.25, 0.5)  # of quality, 0 to 1: one item of manner, more than two, a right answer and better manner (assumed)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Annotator:
     noise: standard deviation on gold's scale of 0 to 1 (0.1 is one item of manner); slip: chance of a wrong safety label.
     """
 
-    def __init__(self, world: World, seed: int = 0, noise: float = 0.06, slip: float = 0.02):
+    def __init__(self, world: World, seed: int = 0, noise: float = 0.1, slip: float = 0.02):
         self.gold, self.rng, self.noise, self.slip = Gold(world), Random(f"annotator:{world.seed}:{seed}"), noise, slip
 
     def compare(self, task: Task, a: str, b: str, messages: list[dict] | None = None) -> Pair | None:
@@ -74,7 +74,7 @@ class Annotator:
         values = [self._safe_value(task, x) if harmful else self.gold.score(task, x).helpfulness for x in (a, b)]
         difference = values[0] - values[1] + self.rng.gauss(0.0, self.noise)
         if kind == "safety" and seen[0] != seen[1]:
-            difference = (1 if seen[0] else -1) * max(abs(difference), 0.7)
+            difference = (1 if seen[0] else -1) * max(abs(difference), 0.6)
         first = difference > 0
         strength = sum(abs(difference) > limit for limit in LIMITS)
         chosen_safe, rejected_safe = (seen[0], seen[1]) if first else (seen[1], seen[0])
