@@ -18,7 +18,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(BIN)/pip install -q -c constraints.txt -e '.[test,peers]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,peers,course]'
 	touch $@
 
 $(VENV)/.lab: $(VENV)/.core
@@ -35,9 +35,10 @@ runs/ci/align.json: | $(VENV)/.test
 
 test: setup-test runs/ci/align.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m minillama course check --run -n 2
 
 test-fast: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests
 
 lab: $(VENV)/.lab
-	$(BIN)/jupyter lab --ip=127.0.0.1
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/start.ipynb

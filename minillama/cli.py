@@ -255,8 +255,26 @@ def report(argv: list[str]) -> int:
     return 0
 
 
+def course(argv: list[str]) -> int:
+    """The course's tools: sync, check, release, grade (each with --help)."""
+    tools = ("sync", "check", "release", "grade")
+    if not argv or argv[0] not in tools:
+        if argv in (["-h"], ["--help"]):
+            print(f"usage: minillama course {{{','.join(tools)}}} [--help]")
+            return 0
+        raise ValueError(f"minillama course takes one of {', '.join(tools)}" + (f", not {argv[0]!r}" if argv else ""))
+    from importlib import import_module
+
+    try:
+        return import_module(f"minillama.course.{argv[0]}").main(argv[1:])
+    except ModuleNotFoundError as e:
+        if (e.name or "minillama").startswith("minillama"):
+            raise
+        raise ValueError(f"the course's tools need {e.name}; pip install -c constraints.txt -e '.[course]'") from None
+
+
 VERBS = {"info": info, "demo": demo, "tokenizer": tokenizer, "clean": clean, **{verb: _training(verb, *rest) for verb, rest in _STAGES.items()},
-         "eval": evaluate, "generate": generate, "chat": chat, "convert": convert, "report": report}  # fmt: skip
+         "eval": evaluate, "generate": generate, "chat": chat, "convert": convert, "report": report, "course": course}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
