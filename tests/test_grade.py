@@ -387,13 +387,18 @@ def test_only_answer_cells_count(toy):
 
 
 def test_helper_cells_are_taken_where_the_answer_names_them(toy):
-    helper = [cell("while True: pass"), cell("EPS = 1e-5"), cell("def root(x):\n    return torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS)")]
+    helper = [
+        cell("while True: pass"),
+        cell("x = weight = F = 1\nwhile True: pass"),  # not the answer's x, which is an argument
+        cell("EPS = 1e-5"),
+        cell("def root(x):\n    return torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS)"),
+    ]
     found = graded(toy, notebook({"t1": "def rms(x, weight):\n    return x * root(x) * weight\n"}, extra=helper))
     assert {t: r.points for t, r in found.items()} == POINTS
 
 
 def test_warnings_prints_and_magics_cost_nothing(toy):
-    noisy = ("%matplotlib inline\n!ls\nimport sys, warnings\nfrom collections import namedtuple\nfrom dataclasses import dataclass\n\n@dataclass\nclass Row:\n    n: int\n\n"
+    noisy = ("%matplotlib inline\n!ls\nimport sys, tempfile, warnings\nopen(tempfile.mkdtemp() + '/x', 'w').write('1')\nfrom collections import namedtuple\nfrom dataclasses import dataclass\n\n@dataclass\nclass Row:\n    n: int\n\n"
              "Pair = namedtuple('Pair', 'a b')\nprint('x' * 10**5, file=sys.stderr)\ndisplay(Row(1))\n"
              "def pairs(n):\n    warnings.warn('deprecated')\n    print(n)\n    return [Pair(i, i + 1).a * (i + 1) // 2 for i in range(1, n + 1)]\nratio = TABLE['half'] / 2\n")  # fmt: skip
     assert {t: r.points for t, r in graded(toy, notebook({"t2": noisy})).items()} == POINTS

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import subprocess
+import symtable
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from minillama.course import ROOT
 from minillama.course.worker import BANNED, magic
 
 BEGIN, END = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
-MAX_BYTES = 50_000_000
+MAX_BYTES, MAX_CELL = 50_000_000, 100_000  # of a notebook, of a cell
 LOOKS = {"__globals__", "__code__", "__closure__", "__subclasses__", "__builtins__", "__defaults__", "__bases__", "__loader__", "__spec__",
          "_getframe", "tb_frame", "f_back", "f_globals", "f_locals", "gi_frame", "cell_contents", "settrace", "setprofile", "addaudithook", "modules",
          "meta_path", "excepthook", "_exit", "__torch_function__"}  # fmt: skip
@@ -49,6 +50,7 @@ class Unit:
     withheld: list[str]
     allowed: list[str]  # names of minillama that the locked cells import
     locked: set[str]  # grade_ids that are not the student's
+    given: set[str]  # what the locked cells define
     full: bool = True
 
 
@@ -86,11 +88,12 @@ def read(path: Path) -> dict:
         nb = json.loads(path.read_text(encoding="utf-8"))
         for c in nb["cells"]:
             c["source"] = "".join(c["source"])
-            if not isinstance(c.setdefault("metadata", {}), dict) or not isinstance(c["metadata"].setdefault("nbgrader", {}), dict):
-                raise TypeError
-        nb["metadata"].setdefault("minillama", {})
+            flags = c.setdefault("metadata", {}).setdefault("nbgrader", {})
+            flags["grade_id"], c["cell_type"] = str(flags.get("grade_id") or ""), str(c["cell_type"])
+            flags["points"] = float(flags.get("points") or 0)
+        nb["metadata"].setdefault("minillama", {}).setdefault("unit", "")
         return nb
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{path} is not a notebook") from None
 
 
@@ -98,8 +101,8 @@ def read_unit(path: Path, visible: bool = False) -> Unit:
     """The unit that a notebook (an instructor's, or a released one) defines. ValueError if it defines none."""
     nb = read(path)
     code = [c for c in nb["cells"] if c["cell_type"] == "code"]
-    ids = [c["metadata"]["nbgrader"].get("grade_id", "") for c in code]
     flags = [c["metadata"]["nbgrader"] for c in code]
+    ids = [f["grade_id"] for f in flags]
     answers = {i: names(code[n]["source"]) for n, i in enumerate(ids) if flags[n].get("solution")}
     given = [n for n, f in enumerate(flags) if f.get("locked") and not f.get("grade")]
     shared = set().union(*(names(code[n]["source"]) for n in given))
@@ -120,19 +123,19 @@ def read_unit(path: Path, visible: bool = False) -> Unit:
             lines = [line for i, line in enumerate(lines, 1) if not any(a <= i <= b for a, b in hidden)]
         source = {k: code[k]["source"] for k in mine}
         before, between = [s for k, s in source.items() if k < at], [s for k, s in source.items() if at < k < n]
-        points = float(flags[n].get("points", 0))
-        tasks.append(Task(task, points, "\n".join(lines), before, between, sorted(answers[ids[at]]), [] if visible else hidden))
+        tasks.append(Task(task, flags[n]["points"], "\n".join(lines), before, between, sorted(answers[ids[at]]), [] if visible else hidden))
     if not tasks:
         raise ValueError(f"{path} has no graded cells")
     meta = nb["metadata"]["minillama"]
     allowed = sorted(set().union(*(ours(parse(c["source"])) for c, f in zip(code, flags, strict=True) if f.get("locked"))))
     locked = {i for i, f in zip(ids, flags, strict=True) if i and not f.get("solution")}
-    return Unit(meta.get("unit") or path.stem, tasks, list(meta.get("withheld", [])), allowed, locked, not visible)
+    return Unit(meta["unit"] or path.stem, tasks, list(meta.get("withheld", [])), allowed, locked, shared, not visible)
 
 
 def parse(source: str) -> ast.Module:
+    """The cell's tree; an empty one for what is not Python."""
     try:
-        return ast.parse(magic(source))
+        return ast.parse(magic(source) if len(source) <= MAX_CELL else "")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.Module([], [])
 
@@ -154,7 +157,15 @@ def names(source: str) -> set[str]:
 
 
 def loads(source: str) -> set[str]:
-    return {n.id for n in ast.walk(parse(source)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    """The global names that a cell uses, in its functions, too."""
+    if not parse(source).body:
+        return set()
+    found, stack = set(), [symtable.symtable(magic(source), "<cell>", "exec")]
+    while stack:
+        table = stack.pop()
+        found |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table.get_type() == "module" or s.is_global())}
+        stack += table.get_children()
+    return found
 
 
 def ours(tree: ast.Module) -> set[str]:
@@ -170,6 +181,8 @@ def ours(tree: ast.Module) -> set[str]:
 
 def refuse(source: str, allowed: list[str]) -> str:
     """Why an answer is not run at all, or ''. The friendly layer: what it misses meets the worker's."""
+    if len(source) > MAX_CELL:
+        return f"the answer cell has more than {MAX_CELL} characters"
     try:
         tree = ast.parse(magic(source))
     except SyntaxError as e:
@@ -235,7 +248,7 @@ def grade(nb: dict, unit: Unit, server: Server) -> list[Result]:
     """Grade one notebook's answers, task by task."""
     cells, first = [], {}
     for c in nb["cells"]:
-        i = c["metadata"]["nbgrader"].get("grade_id", "") or ""
+        i = c["metadata"]["nbgrader"]["grade_id"]
         if c["cell_type"] == "code" and i not in unit.locked and i not in first:
             first.update({i: len(cells)} if i else {})
             cells.append((i, c["source"]))
@@ -245,11 +258,11 @@ def grade(nb: dict, unit: Unit, server: Server) -> list[Result]:
         if at is None:
             results.append(Result(t.id, 0, t.points, "the answer cell is missing", "missing"))
             continue
-        answer, need = [cells[at][1]], loads(cells[at][1])
+        answer, need = [cells[at][1]], loads(cells[at][1]) - unit.given
         for _, source in reversed(cells[:at]):  # the student's helpers, as far as the answer names them
             if names(source) & need:
                 answer.insert(0, source)
-                need |= loads(source)
+                need |= loads(source) - unit.given
         why = next(filter(None, (refuse(s, unit.allowed) for s in answer)), "")
         if why:
             results.append(Result(t.id, 0, t.points, tidy(why), "refused"))
@@ -284,7 +297,7 @@ def collect(where: Path, solutions: Path) -> list[tuple[str, str, Path]]:
             try:
                 nb = read(p)
                 graded = any(c["metadata"]["nbgrader"].get("grade") for c in nb["cells"])
-                unit = str(nb["metadata"]["minillama"].get("unit") or "") or (p.parent.name if p.parent.name in units else p.stem if graded else "")
+                unit = str(nb["metadata"]["minillama"]["unit"]) or (p.parent.name if p.parent.name in units else p.stem if graded else "")
             except ValueError:
                 unit = p.parent.name if p.parent.name in units else ""
         unit = unit if re.fullmatch(r"[\w-]+", unit) else ""
@@ -313,12 +326,12 @@ def main(argv: list[str]) -> int:
     graded = []
     with Server(a.seconds, a.memory) as server:
         for student, name, path in submissions:
-            g = Graded(student, name, str(path))
+            g = Graded(tidy(student), name, tidy(str(path)))
             graded.append(g)
             try:
                 if not name:
                     raise ValueError("no unit: neither its name nor its metadata names one")
-                if path.is_symlink():
+                if path.is_symlink() or not path.resolve().is_relative_to((a.dir if a.dir.is_dir() else a.dir.parent).resolve()):
                     raise ValueError("it is a link; hand in the file itself")
                 source = a.solutions / name / f"{name}.ipynb"
                 if name not in units or not source.is_file():

@@ -113,6 +113,7 @@ def child(job: dict, scratch: str, nonce: str, w: int) -> None:
         os.closerange(4, 4096)
         sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
         os.chdir(scratch)
+        tempfile.tempdir = os.environ["TMPDIR"] = scratch
         write = os.write  # the verdict passes through nothing that an answer can replace
         try:
             kind, why = judge(job, scratch)
@@ -275,7 +276,7 @@ def guarded(allowed: list[str]) -> dict:
 WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr",
           "os.removexattr", "os.lockf", "os.chflags", "tempfile.mkstemp", "tempfile.mkdtemp")  # fmt: skip
 READS = ("os.listdir", "os.scandir", "os.chdir", "sqlite3.connect")
-NEVER = ("subprocess.", "socket.", "ctypes.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.putenv", "os.startfile",
+NEVER = ("subprocess.", "socket.", "ctypes.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.startfile",
          "pty.", "gc.", "sys.set", "sys.addaudithook", "sys.monitoring", "sys._current", "_thread.start", "signal.", "resource.setrlimit", "cpython.run",
          "cpython._PySys", "fcntl.", "syslog.", "urllib.", "ftplib.", "smtplib.", "http.", "mmap.", "webbrowser.")  # fmt: skip
 SECRETS = ("__code__", "__defaults__", "__kwdefaults__", "tb_frame", "gi_frame", "gi_code", "cr_frame", "cr_code", "ag_frame", "ag_code", "__bases__")
@@ -594,6 +595,8 @@ def describe(e: BaseException) -> str:
     except BaseException:
         text = ""
     line = next((n for f, n in reversed(frames(e)) if f == ANSWER), 0)
+    if isinstance(e, MemoryError) or "can't allocate memory" in text:
+        text, e = "it needs more memory than a task may have", MemoryError()
     if isinstance(e, AssertionError) and not line:
         return text or "an assertion of the tests does not hold"
     if isinstance(e, NotImplementedError) and not text:
