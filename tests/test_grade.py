@@ -404,6 +404,62 @@ def test_warnings_prints_and_magics_cost_nothing(toy):
     assert {t: r.points for t, r in graded(toy, notebook({"t2": noisy})).items()} == POINTS
 
 
+HONEST = """
+import einops
+y = einops.rearrange(torch.ones(2,3), 'a b -> b a')
+from torch.func import grad, vmap
+y = vmap(grad(lambda x: (x*x).sum()))(torch.ones(3,2))
+y = torch.autograd.functional.jacobian(lambda x: x*x, torch.ones(2))
+torch.autograd.gradcheck(lambda x: x*x, torch.ones(2,dtype=torch.double,requires_grad=True))
+from typing import NamedTuple, Optional, Protocol, TypeVar
+from enum import Enum
+from abc import ABC, abstractmethod
+import functools, itertools, collections, re, json, random, statistics, time, copy, logging
+class P(NamedTuple):
+    a: int
+    b: Optional[int] = None
+class E(Enum):
+    A = 1
+class Q(ABC):
+    @abstractmethod
+    def f(self): ...
+@functools.lru_cache
+def f(x): return x
+f(1); logging.warning('x'); T = TypeVar('T')
+@torch.no_grad()
+def g(x): return x
+g(1); copy.deepcopy(nn.Linear(2,2))
+import numpy as np
+r = np.random.default_rng(0).normal(size=3)
+np.linalg.svd(np.eye(3))
+np.einsum('ij->ji', np.eye(2))
+m = nn.Linear(2,2)
+o = torch.optim.AdamW(m.parameters())
+m(torch.ones(2)).sum().backward()
+o.step()
+torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1.0).step()
+import io, tempfile, os
+b = io.BytesIO(); torch.save({'a': torch.ones(2)}, b); b.seek(0); torch.load(b)
+with tempfile.TemporaryDirectory() as t:
+    torch.save(nn.Linear(2,2).state_dict(), os.path.join(t, 'x.pt')); torch.load(os.path.join(t, 'x.pt')); os.listdir(t)
+y = F.scaled_dot_product_attention(torch.ones(1,2,3,4), torch.ones(1,2,3,4), torch.ones(1,2,3,4), is_causal=True)
+y = nn.MultiheadAttention(4,2,batch_first=True)(y[0], y[0], y[0])
+y=torch.distributions.Categorical(logits=torch.zeros(3)).sample()
+from tqdm import tqdm
+for i in tqdm(range(3)): pass
+import matplotlib.pyplot as plt
+plt.plot([1,2])
+plt.show()
+"""
+
+
+def test_ordinary_libraries_work_inside(toy):
+    """What an honest answer may well use, much of which looks at frames, code or files on its way."""
+    text = "label = '''\n%s and !important\n''' % 1\n"  # no magic
+    assert {t: r.feedback for t, r in graded(toy, notebook({"t1": HONEST + text + ANSWERS["t1"]})).items()} == dict.fromkeys(POINTS, "")
+
+
 def test_the_reason_is_told_kindly(toy):
     _, unit, _ = toy
     assert unit.allowed == ["minillama.config.LlamaConfig"]
@@ -456,11 +512,16 @@ def test_what_cannot_be_graded_is_said_and_the_rest_is_graded(toy, at, tmp_path,
     (tmp_path / "bob" / "00_toy.ipynb").write_text("{")
     os.symlink(toy[0] / "solutions" / "00_toy" / "00_toy.ipynb", tmp_path / "eve.ipynb")
     save(tmp_path / "scratch.ipynb", {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    strange = notebook({}, setup=f"open({str(tmp_path / 'ran')!r}, 'w').close()")  # its own cells are nobody's: they are not run
+    strange["metadata"]["minillama"]["unit"] = "99_strange"
+    save(tmp_path / "mal.ipynb", strange)
     assert at(tmp_path, "--json", "--csv", tmp_path / "out.csv") == 1
+    assert not (tmp_path / "ran").exists()
     found = {g["student"]: g for g in json.loads(capsys.readouterr().out)}
     assert found["ada"]["points"] == found["ada"]["max"] == 10 and found["ada"]["tests"] == "all" and not found["ada"]["error"]
     assert "is not a notebook" in found["bob"]["error"] and "link" in found["eve"]["error"] and "no unit" in found["scratch"]["error"]
-    assert [r["feedback"][:20] for r in csv.DictReader(open(tmp_path / "out.csv")) if not r["task"]] == ["could not be graded:"[:20]] * 3
+    assert "there is no unit 99_strange" in found["mal"]["error"]
+    assert [r["feedback"][:20] for r in csv.DictReader(open(tmp_path / "out.csv")) if not r["task"]] == ["could not be graded:"] * 4
 
 
 def test_a_broken_unit_is_not_the_students_zero(toy, tmp_path, monkeypatch, capsys):
@@ -490,6 +551,7 @@ def test_a_wrong_request_is_one_line(at, tmp_path):
         ((tmp_path / "none",), "does not exist"),
         ((tmp_path,), "no notebook of a unit; there are 00_toy"),
         ((tmp_path, "--colour"), "unrecognized arguments"),
+        ((tmp_path, "--csv", tmp_path / "no" / "x.csv"), "there is no folder"),
     ]:
         with pytest.raises(ValueError, match=words):  # cli.main makes it one line and status 2
             at(*argv)

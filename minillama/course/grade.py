@@ -116,7 +116,7 @@ def read_unit(path: Path, visible: bool = False) -> Unit:
         at = ids.index(f"{task}_answer")
         foreign = set().union(*(v for k, v in answers.items() if k != ids[at])) - shared - answers[ids[at]]  # a cell that shows another task's answer at work
         mine = [k for k in given if not loads(code[k]["source"]) & foreign]
-        lines = code[n]["source"].splitlines()
+        lines = code[n]["source"].split("\n")
         marks = [(i + 1, BEGIN in line) for i, line in enumerate(lines) if BEGIN in line or END in line]
         hidden = [(a, b) for (a, begins), (b, _) in zip(marks, marks[1:], strict=False) if begins]
         if visible:
@@ -321,7 +321,10 @@ def main(argv: list[str]) -> int:
     p.add_argument("--seconds", type=float, default=60, help="limit of a task in seconds, its locked cells included (default 60)")
     p.add_argument("--memory", type=float, default=4, help="limit of a task in GB above the loaded libraries (default 4)")
     a = p.parse_args(argv)
+    if a.csv and not a.csv.parent.is_dir():
+        raise ValueError(f"--csv {a.csv}: there is no folder {a.csv.parent}")
     submissions = collect(a.dir, a.solutions)
+    own = not any(a.solutions.glob("*/*.ipynb"))  # a student's checkout: only there does a notebook bring its own tests
     units: dict[str, Unit] = {}
     graded = []
     with Server(a.seconds, a.memory) as server:
@@ -334,8 +337,10 @@ def main(argv: list[str]) -> int:
                 if path.is_symlink() or not path.resolve().is_relative_to((a.dir if a.dir.is_dir() else a.dir.parent).resolve()):
                     raise ValueError("it is a link; hand in the file itself")
                 source = a.solutions / name / f"{name}.ipynb"
-                if name not in units or not source.is_file():
-                    units[name] = read_unit(source, a.visible) if source.is_file() else read_unit(path, True)
+                if not own and not source.is_file():
+                    raise ValueError(f"there is no unit {name} in {a.solutions}")
+                if own or name not in units:
+                    units[name] = read_unit(path, True) if own else read_unit(source, a.visible)
                 g.tests = "all" if units[name].full else "visible"
                 g.tasks = grade(read(path), units[name], server)
                 broken = [t for t in g.tasks if t.kind == "unit"]
