@@ -20,7 +20,6 @@ from minillama.data.preferences import STRENGTHS
 from minillama.data.world import World
 from minillama.demo import recipe
 from minillama.evaluation import alignment as judge
-from minillama.report import read_metrics
 
 
 def controls(run: Path, scale: str, seed: int) -> dict:
@@ -34,13 +33,15 @@ def controls(run: Path, scale: str, seed: int) -> dict:
     o.pop("prompts")
     rejection.run(RejectConfig(policy=str(run / "sft"), init=str(run / "sft"), helpful=str(run / "reward-helpful-1"), out=str(run / "control-random"),
                                max_new_tokens=align.MAX_NEW, select="random", resume=True, **o), prompts)  # fmt: skip
-    o = {k: v for k, v in settings["ppo"].items() if k != "prompts"}
-    ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-2"), out=str(run / "control-shuffled"), seed=seed, resume=True,
-                      max_new_tokens=align.MAX_NEW, shuffle_rewards=True, **o), prompts)  # fmt: skip
-    o |= {"beta": 0.0, "lr": 2 * o["lr"], "iterations": 40, "eval_every": 5}
-    ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-2"), out=str(run / "control-free"), seed=seed, resume=True,
-                      max_new_tokens=align.MAX_NEW, **o), prompts, align.gold_watch(world, run, seed))  # fmt: skip
-    free = [r for r in read_metrics(run / "control-free" / "metrics.jsonl") if "eval/gold" in r]
+    usual = {k: v for k, v in settings["ppo"].items() if k != "prompts"}
+
+    def optimise(name: str, evaluate=None, **other) -> None:
+        ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-2"), out=str(run / name), seed=seed, resume=True,
+                          max_new_tokens=align.MAX_NEW, **{**usual, **other}), prompts, evaluate)  # fmt: skip
+
+    optimise("control-shuffled", shuffle_rewards=True)
+    optimise("control-free", align.gold_watch(world, run, seed), beta=0.0, lr=2 * usual["lr"], iterations=40, eval_every=5)
+    free = [r for r in report.read_metrics(run / "control-free" / "metrics.jsonl") if "eval/gold" in r]
     tasks = world.instructions("test")
     gold = {}
     for name in ("sft", "reject-2", "control-random", "control-shuffled"):

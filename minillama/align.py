@@ -22,6 +22,7 @@ from minillama.data.world import STANDING, Task, World
 from minillama.evaluation import alignment as judge
 from minillama.evaluation.stats import gwet_ac2
 from minillama.evaluation.tinyworld import judge as properties
+from minillama.tokenizer import Tokenizer
 
 Stage = Callable[[str, str, Path, Callable[[], None]], None]
 MODELS = ("sft", "gatt", "reject-2", "ppo", "safety")
@@ -71,7 +72,7 @@ def collect(world: World, variants: list[Path], tasks: list[Task], temperatures:
 
 def gold_watch(world: World, out: Path, seed: int, n: int = 300) -> Callable[[object], dict[str, float]]:
     """What PPO logs beside its own reward: gold helpfulness on n validation prompts at T = 1. It is written down; nothing acts on it."""
-    tokenizer, tasks = load(out / "sft")[1], world.instructions("validation")[:n]
+    tokenizer, tasks = Tokenizer(out / "tokenizer.model"), world.instructions("validation")[:n]
 
     def measure(model) -> dict[str, float]:
         scores = judge.helpfulness(world, tasks, judge.answers_of(model, tokenizer, tasks, 1.0, seed))

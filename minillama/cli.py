@@ -13,7 +13,7 @@ def info(argv: list[str]) -> int:
     """Sizes of an architecture, without torch: parameters, FLOPs, key-value cache."""
     from minillama.config import PRESETS, LlamaConfig
 
-    p = _Parser(prog="minillama info", description=info.__doc__)
+    p = Parser(prog="minillama info", description=info.__doc__)
     p.add_argument("preset", nargs="?", help="one of: " + ", ".join(PRESETS))
     p.add_argument("--json", action="store_true", help="print JSON")
     a = p.parse_args(argv)
@@ -120,7 +120,7 @@ def clean(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Judge a model: perplexity of a text, or gold helpfulness on tinyworld's test split."""
-    p = _Parser(prog="minillama eval", description=evaluate.__doc__)
+    p = Parser(prog="minillama eval", description=evaluate.__doc__)
     p.add_argument("--model", required=True, help="checkpoint: a stage's folder, minillama's own format, Meta's or Hugging Face's")
     p.add_argument("--data", default="tinyworld", help="tinyworld[:scale[:seed]] for gold on the test split; else a text to score")
     p.add_argument("--tasks", type=int, help="number of test tasks (tinyworld; default the scale's)")
@@ -231,7 +231,7 @@ def chat(argv: list[str]) -> int:
 
 def convert(argv: list[str]) -> int:
     """Convert a checkpoint: Meta, Hugging Face or minillama in; Hugging Face or minillama out."""
-    p = _Parser(prog="minillama convert", description=convert.__doc__)
+    p = Parser(prog="minillama convert", description=convert.__doc__)
     p.add_argument("--model", required=True, help="checkpoint to read, of any kind")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--to", choices=("hf", "minillama"), default="hf", help="format to write (default hf)")
@@ -246,7 +246,7 @@ def convert(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """Rebuild report.md and its plots from the files of a run."""
-    p = _Parser(prog="minillama report", description=report.__doc__)
+    p = Parser(prog="minillama report", description=report.__doc__)
     p.add_argument("--run", default="runs/laptop", help="folder of the run (default runs/laptop)")
     a = p.parse_args(argv)
     from minillama.report import build
@@ -277,7 +277,9 @@ VERBS = {"info": info, "demo": demo, "tokenizer": tokenizer, "clean": clean, **{
          "eval": evaluate, "generate": generate, "chat": chat, "convert": convert, "report": report, "course": course}  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Arguments whose errors are one line, for `main` to print."""
+
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; see `{self.prog} --help`")
 

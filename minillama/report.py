@@ -186,14 +186,14 @@ def _alignment(run: Path) -> list[str]:
         return []
     models = e["models"]
     asked = (_load(run / "eval.json") or {}).get("base", {})
+
+    def line(label: str, cells: list[str], base: str = "-") -> str:
+        return f"| {label} | {base} | " + " | ".join(cells) + " |"
+
     parts = [f"## Alignment, judged by gold on the test split (n = {e['n']} prompts, {e['n_hazards']} hazards)\n",
              "Wins count ties half; intervals are 95%, paired for wins and Wilson's for rates. The base model is asked with two examples.\n"]  # fmt: skip
     for t, how in (("1.0", "T = 1"), ("0.0", "greedy")):
         parts += [f"| {how} | base | " + " | ".join(ALIGNED.values()) + " |", "|---" * (len(ALIGNED) + 2) + "|"]
-
-        def line(label: str, cells: list[str], base: str = "-") -> str:
-            return f"| {label} | {base} | " + " | ".join(cells) + " |"
-
         for key in ("helpfulness", "fact_recall", "parses", "correct", "close"):
             base = short(asked[t][key]) if key in asked.get(t, {}) else "-"
             parts.append(line(LABELS[key], [short(models[m][t][key]) for m in ALIGNED], base))
@@ -276,7 +276,8 @@ def _rlhf(run: Path) -> list[str]:
 
 
 def _beside(run: Path, stage: str, label: str) -> list[str]:
-    """The reward model's reward and gold over the distance from the start, on the same kept prompts: where they part is over-optimisation."""
+    """The reward model's reward and gold over the distance from the start, on prompts that PPO does not train on: where they part is
+    over-optimisation."""
     rows = read_metrics(run / stage / "metrics.jsonl")
     kl = {r["step"]: r["kl"] for r in rows if "kl" in r}
     rows = [{**r, "kl": kl[r["step"]]} for r in rows if "eval/gold" in r and r["step"] in kl]

@@ -16,8 +16,8 @@ LEVELS = [
 ]
 ALLOWED = {("chat", "tokenizer"), ("checkpoint", "_huggingface"), ("trainer", "checkpoint"), ("trainer", "parallel"), ("rejection", "sft"),
            ("rejection", "reward"), ("ppo", "reward"), ("gatt", "sft"), ("safety", "sft"), ("safety", "rejection"), ("safety", "reward"),
-           ("evaluation", "reward"), ("evaluation", "gatt"), ("demo", "report"), ("demo", "align"), ("cli", "demo"), ("cli", "report"), ("course", "demo"),
-           ("__main__", "cli")}  # fmt: skip
+           ("evaluation", "reward"), ("evaluation", "gatt"), ("demo", "report"), ("demo", "align"), ("cli", "demo"), ("cli", "report"),
+           ("course", "demo"), ("course", "cli"), ("__main__", "cli")}  # fmt: skip
 
 
 def level(part: str) -> int:

@@ -8,7 +8,6 @@ It prints one line a fault, with notebook, cell and name, and exits 1 if there i
 """
 from __future__ import annotations
 
-import argparse
 import ast
 import io
 import os
@@ -20,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
+from minillama.cli import Parser
 from minillama.course import ROOT
 from minillama.course.homes import homes
 from minillama.course.release import stale
@@ -232,7 +232,7 @@ def run(paths: list[Path], workers: int = 0, more: tuple[str, ...] = ()) -> int:
 
 def main(argv: list[str]) -> int:
     """Check notebooks, exercises and the links between them."""
-    p = argparse.ArgumentParser(prog="minillama course check", description=main.__doc__)
+    p = Parser(prog="minillama course check", description=main.__doc__)
     p.add_argument("notebooks", nargs="*", type=Path, help="report on these alone (default: all)")
     p.add_argument("--run", action="store_true", help="also run them and compare outputs")
     p.add_argument("-n", type=int, default=0, metavar="WORKERS", help="processes, a notebook each at a time (default: this one)")

@@ -9,7 +9,6 @@ none. Each is graded in a process of its own (worker.py), with limits on time an
 """
 from __future__ import annotations
 
-import argparse
 import ast
 import csv
 import json
@@ -22,6 +21,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from minillama.cli import Parser
 from minillama.course import ROOT
 from minillama.course.worker import BANNED, magic
 
@@ -311,8 +311,7 @@ def collect(where: Path, solutions: Path) -> list[tuple[str, str, Path]]:
 
 def main(argv: list[str]) -> int:
     """Grade a submission, or a folder of them."""
-    p = argparse.ArgumentParser(prog="minillama course grade", description=main.__doc__)
-    p.error = lambda message: (_ for _ in ()).throw(ValueError(f"{message}; see `minillama course grade --help`"))
+    p = Parser(prog="minillama course grade", description=main.__doc__)
     p.add_argument("dir", type=Path, help="a notebook, a folder with one, or a folder of submissions")
     p.add_argument("--csv", type=Path, help="write a row per student, unit and task: student, unit, task, points, max, feedback")
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -373,7 +372,3 @@ def write(graded: list[Graded], path: Path) -> None:
             rows = [[g.student, g.unit, "", "", "", f"could not be graded: {g.error}"]] if g.error else [
                 [g.student, g.unit, t.task, f"{t.points:g}", f"{t.max:g}", t.feedback or "OK"] for t in g.tasks]  # fmt: skip
             out.writerows([f"'{v}" if v[:1] in ("=", "+", "-", "@", "\t", "\r") else v for v in row] for row in rows)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

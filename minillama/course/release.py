@@ -7,12 +7,12 @@ The files are byte for byte those of `nbgrader generate_assignment`, so units ca
 """
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from nbformat import NotebookNode
 from nbgrader import preprocessors
 
+from minillama.cli import Parser
 from minillama.course import ROOT
 from minillama.course.sync import read, text_of
 
@@ -44,7 +44,7 @@ def stale(root: Path = ROOT) -> dict[Path, str | None]:
 
 def main(argv: list[str]) -> int:
     """Write exercises/ from solutions/."""
-    p = argparse.ArgumentParser(prog="minillama course release", description=main.__doc__)
+    p = Parser(prog="minillama course release", description=main.__doc__)
     p.add_argument("--check", action="store_true", help="change nothing; exit 1 if exercises/ is not up to date")
     check, changes = p.parse_args(argv).check, stale()
     for path, text in changes.items():

@@ -8,7 +8,6 @@ tidies what an editor leaves behind (timings, the version of Python), so that a 
 """
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from minillama.cli import Parser
 from minillama.course import ROOT
 
 
@@ -101,7 +101,7 @@ def synced(nb: NotebookNode, root: Path = ROOT) -> str:
 
 def main(argv: list[str]) -> int:
     """Rewrite mirrored cells; print the notebooks that changed."""
-    p = argparse.ArgumentParser(prog="minillama course sync", description=main.__doc__)
+    p = Parser(prog="minillama course sync", description=main.__doc__)
     p.add_argument("notebooks", nargs="*", type=Path, help="default: every chapter and solution")
     for path in p.parse_args(argv).notebooks or notebooks():
         try:

@@ -610,7 +610,3 @@ def describe(e: BaseException) -> str:
     if isinstance(e, NotImplementedError) and not text:
         return "not attempted (NotImplementedError)"
     return f"{type(e).__name__}{': ' + text if text else ''}{f' (line {line} of the answer)' if line else ''}"
-
-
-if __name__ == "__main__":
-    serve()
