@@ -119,6 +119,47 @@ PRESETS: dict[str, dict] = {
 
 
 @dataclass
+class ParallelConfig:
+    """How the ranks of a job share the work (sec 2.2: the paper used FSDP-like sharding; degrees are assumed). Ranks = replicate * shard * tensor.
+
+    Raises ValueError for a degree below 0 or an unknown kind of checkpointing.
+    """
+
+    replicate: int = 1
+    """Copies of the sharded model; gradients are averaged over them (HSDP)."""
+    shard: int = 0
+    """Ranks over which parameters, gradients and optimizer state are split (FSDP); 0 is all that replicate and tensor leave."""
+    tensor: int = 1
+    """Ranks that split every matrix, activations and the loss between them (tensor, sequence and loss parallelism)."""
+    activation_checkpointing: str = "none"
+    """none keeps every activation; full keeps each block's input only, and computes the block again in the backward pass."""
+    reshard: bool = True
+    """Free a block's gathered weights after its forward pass and gather them again for the backward pass; false keeps them: more memory, less traffic."""
+    timeout_minutes: float = 10.0
+    """Minutes after which a collective that some rank never joined ends the job."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("replicate", 1), ("shard", 0), ("tensor", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"parallel.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.activation_checkpointing not in ("none", "full"):
+            raise ValueError(f"unknown activation_checkpointing {self.activation_checkpointing!r}; there are none and full")
+
+    def resolve(self, world: int, llama: LlamaConfig | None = None) -> ParallelConfig:
+        """A copy with `shard` filled in for a job of `world` ranks. Raises ValueError if the degrees do not multiply to it, or do not divide `llama`."""
+        shard = self.shard or world // (self.replicate * self.tensor)
+        if self.replicate * shard * self.tensor != world or not shard:
+            raise ValueError(f"replicate {self.replicate} x shard {self.shard or 'any'} x tensor {self.tensor} does not make the {world} ranks of this job")
+        if llama and self.tensor > 1:
+            parts = {"n_heads": llama.n_heads, "n_kv_heads": llama.n_kv_heads, "vocab_size": llama.vocab_size, "hidden size": llama.ffn_dim}
+            for name, n in parts.items():
+                if n % self.tensor:
+                    raise ValueError(f"tensor {self.tensor} does not divide {name} {n}; choose a degree that divides all of "
+                                     + ", ".join(f"{k} {v}" for k, v in parts.items()))  # fmt: skip
+        return dataclasses.replace(self, shard=shard)
+
+
+@dataclass
 class TrainConfig:
     """What every training stage has in common. Defaults are the paper's pretraining (sec 2.2) unless a field says otherwise."""
 
@@ -160,15 +201,23 @@ class TrainConfig:
     """Compute in bf16 where the device is good at it (a GPU); refused on a CPU, where it is slower (paper: bf16)."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best present (assumed)."""
+    bad_step: str = "stop"
+    """What a step does whose loss or gradient is not finite, or a spike: stop ends the run with a message, skip leaves the weights as they were (assumed)."""
+    spike: float = 0.0
+    """A loss above this many times the average of the steps before is a spike; 0 is never (assumed)."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the ranks of a torchrun job share the work."""
 
     def __post_init__(self) -> None:
+        if self.bad_step not in ("stop", "skip"):
+            raise ValueError(f"unknown bad_step {self.bad_step!r}; there are stop and skip")
         for name in ("steps", "batch_size", "seq_len", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "grad_clip", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("micro_batch", "warmup_steps", "eval_every", "save_every", "weight_decay"):
+        for name in ("micro_batch", "warmup_steps", "eval_every", "save_every", "weight_decay", "spike"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -387,6 +436,10 @@ class PPOConfig:
     """Seed of prompts and samples."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best present (assumed)."""
+    bf16: bool = False
+    """Compute in bf16 on the ranks of a torchrun job's GPUs (paper: bf16)."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the ranks of a torchrun job share the work."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
 

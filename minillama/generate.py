@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.model import Attention, FeedForward, KVCache, Llama, RMSNorm, TransformerBlock
+from minillama.parallel import mesh as parallel
 from minillama.tokenizer import Tokenizer
 
 Stop = Iterable[int | Sequence[int]]  # token ids, or sequences of them
@@ -69,14 +70,22 @@ def sample_many(
     model: Llama, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int, stop: Stop, batch: int = 256, *,
     top_p: float = 1.0, logprobs: bool = False,
 ) -> Samples:  # fmt: skip
-    """`sample` for any number of prompts, `batch` rows at a time, rows of like length together. A prompt that comes twice draws twice."""
+    """`sample` for any number of prompts, `batch` rows at a time, rows of like length together. A prompt that comes twice draws twice.
+
+    In a job of several ranks each data rank draws its share, with the numbers that one rank would draw, and all ranks return all rows.
+    """
+    mesh = parallel.current()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    out = Samples([[]] * len(prompts), [[]] * len(prompts), [False] * len(prompts))
+    drawn = []
     for k in range(0, len(order), batch):
-        index = order[k : k + batch]
-        part = sample(model, [prompts[i] for i in index], max_new_tokens, temperature, top_p, seed, stop, first_row=k, logprobs=logprobs)
-        for j, i in enumerate(index):
-            out.tokens[i], out.logprobs[i], out.stopped[i] = part.tokens[j], part.logprobs[j], part.stopped[j]
+        mine = mesh.share(len(order[k : k + batch]))
+        index = order[k : k + batch][mine]
+        if index:
+            part = sample(model, [prompts[i] for i in index], max_new_tokens, temperature, top_p, seed, stop, first_row=k + mine.start, logprobs=logprobs)
+            drawn += zip(index, part.tokens, part.logprobs, part.stopped, strict=True)
+    out = Samples([[]] * len(prompts), [[]] * len(prompts), [False] * len(prompts))
+    for i, *row in mesh.gather(drawn):
+        out.tokens[i], out.logprobs[i], out.stopped[i] = row
     return out
 
 

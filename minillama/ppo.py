@@ -38,6 +38,7 @@ from minillama.config import PPOConfig, TrainConfig
 from minillama.data.sources import read_prompts
 from minillama.generate import log_probs, sample_many
 from minillama.model import Llama
+from minillama.parallel import mesh as parallel
 from minillama.reward import Gated, RewardModel, stack
 from minillama.trainer import (
     append_metrics,
@@ -48,6 +49,7 @@ from minillama.trainer import (
     pick_device,
     restore_optimizer,
     stop_signals,
+    whole,
     write_config,
 )
 
@@ -150,12 +152,16 @@ class Rollout:
 
 @torch.no_grad()
 def by_batch(function: Callable[[Tensor], Tensor], tokens: Tensor, lengths: Tensor, batch: int) -> Tensor:
-    """function(tokens [b,t]) -> [b,t-1] for all rows [B,T-1], a few rows of like length at a time and cut to their longest; 0 behind a row's end."""
+    """function(tokens [b,t]) -> [b,t-1] for all rows [B,T-1], a few rows of like length at a time and cut to their longest; 0 behind a row's end.
+    Data ranks share the rows, and return all of them."""
+    mesh = parallel.current()
     out = torch.zeros(len(tokens), tokens.shape[1] - 1, device=tokens.device)
-    for index in lengths.argsort().split(batch):
-        t = int(lengths[index].max())
-        out[index, : t - 1] = function(tokens[index, :t])
-    return out
+    for index in lengths.argsort().split(batch * mesh.data_ranks):
+        mine = index[mesh.share(len(index))]
+        some = mine if len(mine) else index[:1]  # a rank without a row of its own goes along: its part of the weights is needed
+        t = int(lengths[some].max())
+        out[mine, : t - 1] = function(tokens[some, :t])[: len(mine)]
+    return mesh.sum(out)
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int = 2) -> float:
@@ -170,7 +176,7 @@ def rollout(
 ) -> Rollout:  # fmt: skip
     """Sample an answer to every prompt, score it, and work out advantages. Sampling is at T = 1 and full support, so that the sampler is the policy."""
     device = next(policy.parameters()).device
-    drawn = sample_many(policy, prompts, config.max_new_tokens, 1.0, seed, [[eos]], config.batch_size)
+    drawn = sample_many(_sampler(policy), prompts, config.max_new_tokens, 1.0, seed, [[eos]], config.batch_size)
     rows = [(p + ids, len(p)) for p, ids in zip(prompts, drawn.tokens, strict=True)]
     scored = rewards(rows, is_safety)
     raw = scored["reward"]
@@ -200,6 +206,16 @@ def rollout(
     return Rollout(tokens, x["starts"], x["lengths"], mask, logp, ref_logp, values, whiten(advantages, mask), returns, metrics)
 
 
+def _sampler(policy: Llama) -> Llama:
+    """The policy to sample with: itself, or in a job of several ranks a copy that is gathered once for the whole phase."""
+    mesh = parallel.current()
+    if mesh.world == 1:
+        return policy
+    from minillama.parallel.shard import gathered
+
+    return gathered(policy, mesh)
+
+
 def logit_clamp(logits: Tensor, eps: float = 1e-4) -> Tensor:
     """logit(clamp(sigmoid(x), eps, 1 - eps)), computed as a clamp of x itself: no infinity, however sure the reward model is (sec 3.2.3)."""
     limit = math.log((1 - eps) / eps)
@@ -213,7 +229,9 @@ def update(
     policy: Llama, critic: RewardModel, optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer], roll: Rollout, config: PPOConfig, seed: int,
     learn_policy: bool = True,
 ) -> dict[str, float]:  # fmt: skip
-    """One step of policy and critic for every minibatch, in an order drawn from `seed`. Returns means of what happened."""
+    """One step of policy and critic for every minibatch, in an order drawn from `seed`. Returns means of what happened. Data ranks share each
+    minibatch's answers."""
+    mesh = parallel.current()
     order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(roll.tokens)))
     totals: dict[str, float] = {}
     minibatches = order.split(config.minibatch)
@@ -222,7 +240,7 @@ def update(
         n_tokens = roll.mask[minibatch].sum()
         seen: dict[str, float] = {}
         # Micro-batches of like length, to spare padding: each weighs as much as it has answer tokens, so the gradient is the minibatch's.
-        for index in minibatch[roll.lengths[minibatch].argsort()].split(MICRO):
+        for index in minibatch[roll.lengths[minibatch].argsort()][mesh.data_rank :: mesh.data_ranks].split(MICRO):
             b = roll.rows(index)
             share = b.mask.sum() / n_tokens
             all_logp = policy(b.tokens)[:, :-1].float().log_softmax(-1)  # [b,T-1,V]
@@ -230,8 +248,8 @@ def update(
             loss, clipped = policy_loss(logp, b.logp, b.advantages, b.mask, config.clip)
             values = critic.values(b.tokens)[:, :-1]
             critic_loss = config.value_weight * value_loss(values, b.values, b.returns, b.mask, config.value_clip)
-            (share * loss).backward()
-            (share * critic_loss).backward()
+            (share * mesh.data_ranks * loss).backward()  # a sharded model leaves the mean over the data ranks
+            (share * mesh.data_ranks * critic_loss).backward()
             with torch.no_grad():
                 step = (logp - b.logp).masked_fill(~b.mask, 0.0)
                 entropy = masked_mean(-(all_logp.exp() * all_logp).sum(-1), b.mask)
@@ -242,8 +260,10 @@ def update(
                 totals["ratio_max"] = max(totals.get("ratio_max", 0.0), float(torch.exp(step).max()))
                 if i == 0:  # above 1e-4 the rollout's log-probs are not the update's: padding, other weights
                     totals["first_log_ratio"] = max(totals.get("first_log_ratio", 0.0), float(step.abs().max()))
+        sums = mesh.sum(torch.tensor(list(seen.values()), dtype=torch.float64, device="cpu" if mesh.world == 1 else roll.tokens.device)).tolist()
+        seen = dict(zip(seen, sums, strict=True))
         for name, model, optimizer in (("policy", policy, optimizers[0]), ("critic", critic, optimizers[1])):
-            seen[f"{name}_grad_norm"] = norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+            seen[f"{name}_grad_norm"] = norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)))
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the {name}'s gradient norm is {norm}: lower its learning rate, or look at the rewards of this iteration")
             if model is critic or learn_policy:
@@ -251,13 +271,13 @@ def update(
             optimizer.zero_grad(set_to_none=True)
         for name, value in seen.items():
             totals[name] = totals.get(name, 0.0) + value / len(minibatches)
-    return totals
+    return totals | {name: max(mesh.gather([totals[name]])) for name in ("ratio_max", "first_log_ratio")}
 
 
-def critic_from(reward: RewardModel) -> RewardModel:
-    """A critic that starts as a copy of a reward model, its scalar head kept (Stiennon et al. 2020). What only rewards use, the output layer and
-    the parts of the evidence, takes no gradient."""
-    critic = copy.deepcopy(reward).train()
+def critic_from(reward: RewardModel, copied: bool = True) -> RewardModel:
+    """A critic that starts as a copy of a reward model, its scalar head kept (Stiennon et al. 2020), or that takes it over. What only rewards use, the
+    output layer and the parts of the evidence, takes no gradient."""
+    critic = copy.deepcopy(reward).train() if copied else reward.train()
     for name, p in critic.named_parameters():
         p.requires_grad_(not name.startswith(("output", "gain", "wanted", "match")))
     return critic

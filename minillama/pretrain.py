@@ -13,11 +13,12 @@ from pathlib import Path
 from torch import nn
 
 from minillama import checkpoint
-from minillama.config import LlamaConfig, PretrainConfig
+from minillama.config import LlamaConfig, PretrainConfig, TrainConfig
 from minillama.data import sources
-from minillama.data.pack import Batches, tokenised, validation_batches
+from minillama.data.pack import Batches, Shards, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
+from minillama.parallel import mesh as parallel
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
@@ -30,12 +31,23 @@ def documents(spec: str) -> Iterator[str]:
         yield from (d["text"] for d in sources.read(spec, kind="document"))
 
 
+def initialised(arch: LlamaConfig, c: TrainConfig, mesh: parallel.Mesh) -> Llama:
+    """A new model, drawn from c.seed: the same on any mesh. In a job of several ranks it is split before it has weights."""
+    if mesh.world == 1:
+        return Llama(arch).init_weights(c.seed)
+    from minillama.parallel.shard import build
+
+    parallel.start(c.parallel, c.device, arch)
+    return build(lambda: Llama(arch), lambda model: model.init_weights(c.seed), mesh, bf16=c.bf16, compile=c.compile)
+
+
 def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None) -> Llama:
     """Pretrain by `config`; `texts` replaces config.data, `evaluate` adds metrics to the validation loss. Returns the model.
 
     Raises ValueError for data without text, a missing tokenizer, or an output folder that holds a run already (without resume).
     """
     out, c = Path(config.out), config.train
+    mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)  # a folder that holds a run is refused before anything in it is written over
     tokenizer = Tokenizer(config.tokenizer)
     if config.init:
@@ -43,13 +55,15 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
         if model.config.vocab_size != tokenizer.vocab_size:
             raise ValueError(f"{config.init} has {model.config.vocab_size} tokens, {config.tokenizer} {tokenizer.vocab_size}: they do not belong together")
     else:
-        model = Llama(LlamaConfig.preset(config.preset, **{"vocab_size": tokenizer.vocab_size, **config.model})).init_weights(c.seed)
+        arch = LlamaConfig.preset(config.preset, **{"vocab_size": tokenizer.vocab_size, **config.model})
+        model = initialised(arch, c, mesh)
     if c.seq_len > model.config.max_seq_len:
         raise ValueError(f"train.seq_len {c.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
     texts = documents(config.data) if texts is None else texts
-    shards, val = tokenised(texts, config.val_fraction, config.tokenizer, out / "data", config.workers, config.resume)
-    batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, whole_documents=config.whole_documents)
+    mesh.first(lambda: tokenised(texts, config.val_fraction, config.tokenizer, out / "data", config.workers, config.resume))
+    shards, val = Shards(out / "data").split(config.val_fraction)
+    batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, mesh.data_rank, mesh.data_ranks, config.whole_documents)
     val_batches = validation_batches(val, batches) if val else None
-    write_config(config, out)
+    mesh.first(lambda: write_config(config, out))
     metrics = with_validation(val_batches, next_token_loss, evaluate)
     return train(model, batches, next_token_loss, c, out, tokenizer, metrics, config.resume, label="pretrain")

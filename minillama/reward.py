@@ -30,6 +30,7 @@ from minillama.chat import Message, encode_dialogue
 from minillama.config import MARGINS, LlamaConfig, RewardConfig
 from minillama.data.preferences import STRENGTHS, Pair, read_pairs
 from minillama.model import Llama
+from minillama.parallel import mesh as parallel
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
@@ -129,15 +130,15 @@ def stack(rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
 
 
 class PairBatches:
-    """batches(step) -> micro-batches of pairs, a pure function of (seed, step); every epoch visits all pairs in an order of its own.
+    """batches(step) -> this data rank's micro-batches of pairs, a pure function of (seed, step); every epoch visits all pairs in an order of its own.
 
     A row of a micro-batch's tokens is a chosen answer in the first half and its rejected one in the second. Pairs that do not fit `seq_len`, or
-    whose sides are the same tokens, are left out; `dropped` counts them. Raises ValueError if none is left.
+    whose sides are the same tokens, are left out; `dropped` counts them. Raises ValueError if none is left, or fewer than there are ranks.
     """
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: Tokenizer, seq_len: int, batch_size: int, seed: int = 0, micro_batch: int = 0,
-                 margin: str = "small"):  # fmt: skip
-        self.rows = []
+                 margin: str = "small", rank: int = 0, world: int = 1):  # fmt: skip
+        self.rows, self.rank, self.world = [], rank, world
         for p in pairs:
             a, b = (encode(tokenizer, p.prompt_messages, x, seq_len) for x in (p.chosen, p.rejected))
             if a and b and a[0] != b[0]:
@@ -145,7 +146,9 @@ class PairBatches:
         self.dropped = len(pairs) - len(self.rows)
         if not self.rows:
             raise ValueError(f"none of {len(pairs)} pairs fits {seq_len} tokens; raise train.seq_len")
-        self.batch_size, self.micro, self.seed = min(batch_size, len(self.rows)), micro_batch or batch_size, seed
+        self.batch_size, self.micro, self.seed = min(batch_size, len(self.rows)) // world * world, micro_batch or batch_size, seed
+        if not self.batch_size:
+            raise ValueError(f"a batch of {min(batch_size, len(self.rows))} pairs is smaller than the {world} data ranks")
 
     @property
     def steps_per_epoch(self) -> float:
@@ -157,6 +160,7 @@ class PairBatches:
         orders = {e: np.random.default_rng([self.seed, e]).permutation(n) for e in {first // n, (first + self.batch_size - 1) // n}}
         mine = [self.rows[orders[i // n][i % n]] for i in range(first, first + self.batch_size)]
         mine.sort(key=lambda r: max(len(r[0][0]), len(r[1][0])))  # like lengths in a micro-batch: less padding, the same gradient
+        mine = mine[self.rank :: self.world]
         return [self.collate(mine[i : i + self.micro]) for i in range(0, len(mine), self.micro)]
 
     @staticmethod
@@ -205,6 +209,7 @@ def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardMode
     Raises ValueError for data without pairs, or a checkpoint without a tokenizer.
     """
     out, c = Path(config.out), config.train
+    mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)
     pairs = read_pairs(config.data) if pairs is None else list(pairs)
     chat, tokenizer = checkpoint.load(config.init)
@@ -219,11 +224,12 @@ def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardMode
     held = {json.dumps(p.prompt_messages) for p in mixed[: round(len(mixed) * config.val_fraction)]}
     kept = [p for p in mixed if json.dumps(p.prompt_messages) not in held]
     val = [p for p in mixed if json.dumps(p.prompt_messages) in held]
-    batches = PairBatches(kept, tokenizer, c.seq_len, c.batch_size, c.seed, c.micro_batch, config.margin)
+    batches = PairBatches(kept, tokenizer, c.seq_len, c.batch_size, c.seed, c.micro_batch, config.margin, mesh.data_rank, mesh.data_ranks)
     steps = max(1, round(config.epochs * batches.steps_per_epoch))
     c = dataclasses.replace(c, steps=steps, warmup_steps=min(steps // 2, max(c.warmup_steps, round(0.03 * steps))))
-    write_config(dataclasses.replace(config, train=c), out)
-    (out / "reward.json").write_text(json.dumps({"evidence": config.evidence, "kind": config.kind, "pairs": len(kept), "dropped": batches.dropped}))
+    mesh.first(lambda: write_config(dataclasses.replace(config, train=c), out))
+    about = json.dumps({"evidence": config.evidence, "kind": config.kind, "pairs": len(kept), "dropped": batches.dropped})
+    mesh.first(lambda: (out / "reward.json").write_text(about))
     loss = reward_loss(config.safety_weight)
     held_batches = PairBatches(val, tokenizer, c.seq_len, 64, 0, 0, config.margin) if val else None
     val_batches = [held_batches.collate(held_batches.rows[i : i + 64]) for i in range(0, len(held_batches.rows), 64)] if val else None
@@ -235,14 +241,16 @@ def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardMode
 @torch.no_grad()
 def score(model: RewardModel, rows: Sequence[tuple[list[int], int]], batch: int = 256) -> Tensor:
     """Rewards [n] of rows (tokens, start of the answer), in batches of like length, on the model's device; returned on the CPU."""
-    device = next(model.parameters()).device
+    device, mesh = next(model.parameters()).device, parallel.current()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    rewards = torch.zeros(len(rows))
+    rewards = torch.zeros(len(rows), device=device)
     for k in range(0, len(order), batch):
         index = order[k : k + batch]
-        x = {name: t.to(device) for name, t in stack([rows[i] for i in index]).items()}
-        rewards[index] = model.rewards(**x).float().cpu()
-    return rewards
+        mine = index[mesh.share(len(index))]
+        # a rank without a row of its own goes along: its part of the weights is needed
+        x = {name: t.to(device) for name, t in stack([rows[i] for i in mine or index[:1]]).items()}
+        rewards[mine] = model.rewards(**x).float()[: len(mine)]
+    return mesh.sum(rewards).cpu()
 
 
 def accuracy(model: RewardModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> dict:

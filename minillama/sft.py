@@ -17,9 +17,10 @@ from torch import nn
 from minillama import checkpoint
 from minillama.config import SFTConfig
 from minillama.data import sources
-from minillama.data.pack import Batches, tokenised, validation_batches
+from minillama.data.pack import Batches, Shards, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
+from minillama.parallel import mesh as parallel
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
@@ -39,6 +40,7 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     output folder that holds a run already (without resume).
     """
     out = Path(config.out)
+    mesh = parallel.start(config.train.parallel, config.train.device)
     last_state(out, config.resume)
     model, tokenizer = checkpoint.load(config.init)
     if config.tokenizer:
@@ -48,11 +50,12 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     if config.train.seq_len > model.config.max_seq_len:
         raise ValueError(f"train.seq_len {config.train.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
     items = dialogues(config.data) if items is None else items
-    shards, val = tokenised(items, config.val_fraction, tokenizer.path, out / "data", config.workers, config.resume)
+    mesh.first(lambda: tokenised(items, config.val_fraction, tokenizer.path, out / "data", config.workers, config.resume))
+    shards, val = Shards(out / "data").split(config.val_fraction)
     c = config.train
-    batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, cut=False)
+    batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, mesh.data_rank, mesh.data_ranks, cut=False)
     c = dataclasses.replace(c, steps=max(1, round(config.epochs * batches.steps_per_epoch)))
     val_batches = validation_batches(val, batches) if val else None
-    write_config(dataclasses.replace(config, train=c), out)
+    mesh.first(lambda: write_config(dataclasses.replace(config, train=c), out))
     metrics = with_validation(val_batches, next_token_loss, evaluate)
     return train(model, batches, next_token_loss, c, out, tokenizer, metrics, config.resume, label="sft")

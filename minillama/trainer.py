@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillama import checkpoint
 from minillama.config import TrainConfig
+from minillama.parallel import mesh as parallel
 from minillama.tokenizer import Tokenizer
 
 LossFn = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -66,37 +66,46 @@ def make_optimizer(model: nn.Module, c: TrainConfig) -> torch.optim.AdamW:
 
 
 def accumulate(model: nn.Module, micro_batches: list[dict[str, Tensor]], loss_fn: LossFn, device: torch.device, bf16: bool = False) -> tuple[float, int]:
-    """Leave in .grad the gradient of the mean loss per valid token of the global batch; return that mean and the token count.
+    """Leave in .grad the gradient of the mean loss per valid token of the global batch, over micro-batches and data ranks; return that mean and the
+    token count.
 
     Raises ValueError if no token is valid.
     """
+    mesh = parallel.current()
     total, count = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
     for batch in micro_batches:
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss, n = loss_fn(model, batch)
-        loss.backward()
-        total += loss.detach()
+        with mesh.loss_parallel():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16 and mesh.world == 1):  # a sharded model casts by itself
+                loss, n = loss_fn(model, batch)
+            loss.backward()
+        total += whole(loss.detach())
         count += n
-    if dist.is_initialized():  # data-parallel sums of gradients come with the model's own wrapper, of losses here
-        dist.all_reduce(total)
-        dist.all_reduce(count)
-    n = int(count)
+    n = int(mesh.sum(count))
+    total = float(mesh.sum(total))
     if n == 0:
         raise ValueError("a batch has no token to train on; check the data and the loss mask")
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    torch._foreach_div_(grads, n)
-    return float(total) / n, n
+    torch._foreach_div_(grads, n / mesh.data_ranks)  # a sharded model leaves the mean over the data ranks
+    return total / n, n
+
+
+def whole(x: Tensor) -> Tensor:
+    """A plain tensor of x, which may be split over ranks."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], loss_fn: LossFn) -> float:
-    """Loss per valid token in nats over `batches`, on the model's device."""
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for batch in batches:
-        loss, n = loss_fn(model, {k: v.to(device) for k, v in batch.items()})
-        total, count = total + float(loss), count + int(n)
+    """Loss per valid token in nats over `batches`, on the model's device. Data ranks share the batches; each goes through the model equally often."""
+    device, mesh = next(model.parameters()).device, parallel.current()
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # loss, tokens
+    for i in range(mesh.data_rank, -(-len(batches) // mesh.data_ranks) * mesh.data_ranks, mesh.data_ranks):
+        with mesh.loss_parallel():
+            loss, n = loss_fn(model, {k: v.to(device) for k, v in batches[min(i, len(batches) - 1)].items()})
+        if i < len(batches):
+            sums += torch.tensor([float(whole(loss)), float(n)], dtype=sums.dtype, device=sums.device)
+    total, count = mesh.sum(sums).tolist()
     if not count:
         raise ValueError("the validation data has no token to score")
     return total / count
@@ -123,12 +132,8 @@ def last_state(out: str | os.PathLike, resume: bool) -> tuple[int, Path, dict[st
     return state
 
 
-def _compiled(model: nn.Module, loss_fn: LossFn, device: torch.device) -> LossFn:
-    """`loss_fn` compiled for a CPU; for a GPU the model's blocks are, in place. Without a C++ compiler a CPU goes on uncompiled, with a warning."""
-    if device.type != "cpu":
-        for block in getattr(model, "layers", [model]):
-            block.compile()  # one block at a time: all of them share one compilation
-        return loss_fn
+def _compiled(loss_fn: LossFn) -> LossFn:
+    """`loss_fn` compiled for a CPU; without a C++ compiler it stays as it is, with a warning."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         print("torch.compile needs a C++ compiler on a CPU and finds none: training goes on without", file=sys.stderr)
         return loss_fn
@@ -138,15 +143,18 @@ def _compiled(model: nn.Module, loss_fn: LossFn, device: torch.device) -> LossFn
 class _Progress:
     """What a run says of itself: a bar in a terminal, or lines where there is none, and metrics.jsonl."""
 
-    def __init__(self, metrics: Path, config: TrainConfig, start: int, label: str):
-        self.metrics, self.c, self.start, self.label = metrics, config, start, label
-        self.bar = tqdm(total=config.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
+    def __init__(self, metrics: Path, config: TrainConfig, start: int, label: str, speaks: bool):
+        self.metrics, self.c, self.start, self.label, self.speaks = metrics, config, start, label, speaks
+        self.bar = tqdm(total=config.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0,
+                        disable=None if speaks else True)  # fmt: skip
         self.began = self.window = time.monotonic()
         self.tokens = 0  # since `window`, for the rate
 
     def step(self, done: int, loss: float, norm: float, lr: float, n: int, tokens_seen: int) -> None:
         """Note a step of n tokens; every log_every steps, and at the end, say so."""
         c, now = self.c, time.monotonic()
+        if not self.speaks:
+            return
         self.tokens += n
         self.bar.update()
         if done % c.log_every and done < c.steps:
@@ -159,6 +167,13 @@ class _Progress:
             eta = (now - self.began) / (done - self.start) * (c.steps - done)
             print(f"{self.label} {done}/{c.steps} {text} ETA {eta:.0f} s", flush=True)
         append_metrics(self.metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
+
+    def skipped(self, done: int, what: str) -> None:
+        """Note a step that was not taken."""
+        if self.speaks:
+            self.bar.update()
+            print(f"{self.label}: skipped {what}", file=sys.stderr, flush=True)
+            append_metrics(self.metrics, {"step": done, "skipped": what})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -176,59 +191,75 @@ def train(
 
     batches(step) gives the micro-batches of a step and must be a pure function of it: then a run that was killed and resumed ends with the
     weights of one that was not, bit for bit on the same machine. SIGTERM and Ctrl-C save and raise Interrupted. Raises ValueError if
-    `out` has a checkpoint and `resume` is false, or for bf16 on a CPU.
+    `out` has a checkpoint and `resume` is false, or for bf16 on a CPU; FloatingPointError for a step that config.bad_step does not forgive.
+
+    In a job of several ranks the model is sharded as config.parallel says, if it is not yet, and `batches` gives this data rank's share.
     """
     c, out = config, Path(out)
+    mesh = parallel.start(c.parallel, c.device, getattr(model, "config", None))
     device = pick_device(c.device)
     if c.bf16 and device.type == "cpu":
         raise ValueError("bf16 is much slower than fp32 on a CPU; leave bf16 off or use a GPU")
     state = last_state(out, resume)
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "checkpoint"
+    compile_blocks = c.compile and device.type != "cpu"
+    if mesh.world > 1 or compile_blocks or c.parallel.activation_checkpointing == "full":
+        from minillama.parallel.shard import parallelize  # a second to import, and most runs are of one process
+
+        parallelize(model, mesh, bf16=c.bf16, compile=compile_blocks)
     model.to(device).train()
     optimizer = make_optimizer(model, c)
-    start, tokens_seen = 0, 0
+    start, tokens_seen, average = 0, 0, 0.0
     if state:
         start, path, tensors, meta = state
         if start > c.steps:
             raise ValueError(f"{path} is at step {start}, past the {c.steps} asked for; raise train.steps")
         checkpoint.load_weights(model, path)
         restore_optimizer(optimizer, model, tensors)
-        tokens_seen = meta["tokens"]
+        tokens_seen, average = meta["tokens"], meta.get("average", 0.0)
     metrics = out / "metrics.jsonl"
-    keep_metrics(metrics, start)
-    if c.compile:
-        loss_fn = _compiled(model, loss_fn, device)
+    if mesh.rank == 0:
+        keep_metrics(metrics, start)
+    if c.compile and device.type == "cpu" and mesh.world == 1:
+        loss_fn = _compiled(loss_fn)
 
     def save(step: int) -> None:
         tensors = optimizer_tensors(optimizer, model)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen}, tokenizer, keep=0)
+        checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen, "average": average}, tokenizer, keep=0)
 
-    progress = _Progress(metrics, c, start, label)
+    progress = _Progress(metrics, c, start, label, mesh.rank == 0)
     with stop_signals() as stop, progress.bar:
         for step in range(start, c.steps):
             lr = learning_rate(step, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss, n = accumulate(model, batches(step), loss_fn, device, c.bf16)
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; lower lr or look at the data of this step")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)))
             tokens_seen, done = tokens_seen + n, step + 1
-            progress.step(done, loss, norm, lr, n, tokens_seen)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite and not (c.spike and average and loss > c.spike * average):
+                optimizer.step()
+                average = 0.98 * average + 0.02 * loss if average else loss
+                progress.step(done, loss, norm, lr, n, tokens_seen)
+            else:
+                what = f"step {step}: loss {loss}, gradient norm {norm}" + (f", a spike over the average {average:.4g}" if finite else "")
+                if c.bad_step == "stop":
+                    raise FloatingPointError(f"{what}; lower lr or look at the data of this step")
+                progress.skipped(done, what)
+            optimizer.zero_grad(set_to_none=True)
             if evaluate and (done == c.steps or c.eval_every and done % c.eval_every == 0):
                 model.eval()
                 with torch.compiler.set_stance("force_eager"), progress.paused():  # other shapes, and a cache: not worth compiling for
                     measured = evaluate(model)
-                append_metrics(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in measured.items()}})
+                if mesh.rank == 0:
+                    append_metrics(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in measured.items()}})
                 model.train()
-            if stop or done == c.steps or c.save_every and done % c.save_every == 0:
+            stopping = mesh.any(bool(stop))  # a signal may have reached one rank only
+            if stopping or done == c.steps or c.save_every and done % c.save_every == 0:
                 save(done)
-            if stop and done < c.steps:
-                raise interrupted(stop[0], done, folder)
+            if stopping and done < c.steps:
+                raise interrupted(stop[0] if stop else signal.SIGTERM, done, folder)
     return model.eval()
 
 
@@ -251,10 +282,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Within it, SIGTERM and Ctrl-C are noted in the list that it gives, for a loop to save and stop at the end of its step."""
+    """Within it, SIGTERM, SIGUSR1 (Slurm's warning before a job's time is up) and Ctrl-C are noted in the list that it gives, for a loop to save and
+    stop at the end of its step."""
     stop: list[int] = []
     main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
-    previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT) if main}
+    previous = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)) if main}
     try:
         yield stop
     finally:

@@ -491,7 +491,7 @@ def test_kill_9_and_resume_gives_the_uninterrupted_weights(trained, chat, tmp_pa
     code = f"""
 import os
 from minillama import reward
-from minillama.config import RewardConfig, TrainConfig
+from minillama.config import ParallelConfig, RewardConfig, TrainConfig
 config = RewardConfig(data=[{str(tmp_path / "pairs.jsonl")!r}], init={chat!r}, out={str(tmp_path / "out")!r}, evidence=True, epochs=3, val_fraction=0.2,
                       train=TrainConfig(**{dict(vars(train_config()))!r}))
 make = reward.reward_loss
