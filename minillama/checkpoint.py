@@ -8,17 +8,17 @@ with a permutation of wq and wk, because its rotary embeddings turn features i a
 WEIGHTS says all of that, one line a tensor. A folder is written whole or not at all (_files.py); Hugging Face's other files are
 in _huggingface.py.
 
-Left out: sharded saving by many ranks (a rank that calls `save` must hold whole tensors), quantized weights, adapters, and the rotary
-scaling and vocabulary-split embeddings of Llama 3; each of them is refused by name.
+In a job of several ranks every rank calls what writes, and none ever holds the whole model (parallel/state.py). Left out: quantized weights,
+adapters, and the rotary scaling and vocabulary-split embeddings of Llama 3; each of them is refused by name.
 
 Shapes: D dim, F feed-forward hidden size, H heads (query or key-value), Hd head size, V vocabulary.
 """
 from __future__ import annotations
 
+import math
 import os
-import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +26,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from minillama._files import Shape, new_folder, open_safetensors, read_json, read_pth, settled, write_json, write_tensors
+from minillama import _files
+from minillama._files import Shape, Tensors, check_shapes, open_safetensors, open_weights, read_json, read_pth, settled, weight_files, write_json, write_tensors
 from minillama._huggingface import config_fields, config_json, write_tokenizer_json
 from minillama.config import LlamaConfig
 from minillama.model import Llama
+from minillama.parallel.mesh import current, whole
+from minillama.parallel.state import shared_folder, write_distributed
 from minillama.tokenizer import Tokenizer
 
 PathLike = str | os.PathLike
@@ -81,57 +84,53 @@ def to_interleaved(w: Tensor, heads: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def load(dir: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer | None]:
-    """The model and tokenizer of a folder, in fp32 unless `dtype` says otherwise; the kind of folder is found from its files.
+class Stored(NamedTuple):
+    """A checkpoint that is opened and not read: it can be saved in another format as a model is, tensor by tensor."""
 
-    Known: our own format, Meta's, Hugging Face's, and a stage of a run or its checkpoint/ folder (the newest step is taken).
-    Raises FileNotFoundError if there is no such folder, ValueError if it is none of these or is damaged.
-    """
+    config: LlamaConfig
+    tensors: Tensors  # by our names, whatever the files call them
+    tokenizer: Tokenizer | None
+
+    def state_dict(self) -> Tensors:
+        """The tensors in fp32."""
+        return Tensors(self.tensors.shapes, lambda name: self.tensors[name].float(), self.tensors.fill)
+
+
+def opened(dir: PathLike) -> Stored:
+    """The checkpoint in a folder of any kind that `load` knows, names and shapes checked. Raises as `load`."""
     dir = settled(Path(dir))
-    if (dir / "params.json").is_file() and (dir / "model.safetensors").is_file():
-        return _load_own(dir, device, dtype)
+    if _is_own(dir):
+        return _open_own(dir)
     if any(dir.glob("consolidated.*.pth")):
-        return load_meta(dir, device, dtype)
+        return _open_meta(dir)
     if (dir / "config.json").is_file():
-        return load_hf(dir, device, dtype)
+        return _open_hf(dir)
     for folder in (dir, dir / "checkpoint"):
-        steps = _steps(folder, ("params.json", "model.safetensors"))
+        steps = _files.steps_of(folder, _is_own)
         if steps:
-            return _load_own(steps[-1][1], device, dtype)
+            return _open_own(steps[-1][1])
     raise ValueError(
         f"{dir} holds no checkpoint: looked for params.json with model.safetensors (minillama), consolidated.*.pth (Meta), "
         "config.json with *.safetensors (Hugging Face), step-*/ and checkpoint/step-*/ (a stage of a run)"
     )
 
 
+def load(dir: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer | None]:
+    """The model and tokenizer of a folder, in fp32 unless `dtype` says otherwise; the kind of folder is found from its files.
+
+    Known: our own format, Meta's, Hugging Face's, and a stage of a run or its checkpoint/ folder (the newest step is taken, whether one process
+    wrote it or many ranks). Raises FileNotFoundError if there is no such folder, ValueError if it is none of these or is damaged.
+    """
+    return _assemble(opened(dir), device, dtype)
+
+
 def load_meta(dir: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer | None]:
     """Meta's release: params.json, consolidated.NN.pth (one for each model-parallel rank), tokenizer.model there or in the parent folder.
 
-    Shards are mapped, not read whole, and merged one at a time: the peak is one model in `dtype` (default fp32). The vocabulary and the
-    feed-forward size are taken from the tensors. Raises ValueError for what is missing, damaged, of another shape, or not Llama 2.
+    Shards are mapped, not read whole, and merged tensor by tensor: the peak is one model in `dtype` (default fp32). The vocabulary and the
+    feed-forward size come from the tensors where params.json leaves them out. Raises ValueError for what is missing, damaged or misfits.
     """
-    dir = settled(Path(dir))
-    files = sorted(dir.glob("consolidated.*.pth"))
-    if not files or not (dir / "params.json").is_file():
-        raise ValueError(f"{dir} is not a Meta checkpoint: it needs params.json and consolidated.00.pth")
-    for i, file in enumerate(files):
-        if file.name != f"consolidated.{i:02d}.pth":
-            raise ValueError(f"{dir} lacks consolidated.{i:02d}.pth, though it has {files[-1].name}; download it again")
-    n = len(files)
-    config = _config_from_meta(dir / "params.json", files[0], n)
-    table, shapes = weight_table(config), _shapes(config)
-    parts = {name: _part(shape, table[name].split, n, dir) for name, shape in shapes.items()}
-    whole = {name: torch.empty(shape, device=device, dtype=dtype or torch.float32) for name, shape in shapes.items()}
-    for rank, file in enumerate(files):
-        shard = read_pth(file)
-        _check({name: tuple(t.shape) for name, t in shard.items()}, parts, file)
-        for name, part in shard.items():
-            dim = table[name].split
-            if dim is None:  # the same in every shard
-                whole[name].copy_(part)
-            else:
-                whole[name].narrow(dim, rank * part.shape[dim], part.shape[dim]).copy_(part)
-    return _assemble(config, whole.items(), device, dtype), _find_tokenizer([dir, dir.parent], config)
+    return _assemble(_open_meta(settled(Path(dir))), device, dtype)
 
 
 def load_hf(dir: PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer | None]:
@@ -140,93 +139,81 @@ def load_hf(dir: PathLike, device: torch.device | str = "cpu", dtype: torch.dtyp
     Read tensor by tensor: the peak is one model in `dtype` and one tensor. Raises ValueError for a model that is not Llama 2's
     architecture (rotary scaling, biases, another activation or head size), for what is missing, damaged or of another shape.
     """
-    dir = settled(Path(dir))
-    raw = read_json(dir / "config.json")
-    fields = config_fields(raw, dir / "config.json")
-    config = _config(fields, dir / "config.json", fields.pop("hidden_dim"))
-    shapes, read = open_safetensors(_hf_files(dir))
-    tied = bool(raw.get("tie_word_embeddings"))
-    ours = {w.hf: w for w in weight_table(config).values() if not (tied and w.hf == "lm_head.weight")}
-    # Old exports carry the rotary frequencies, which follow from the config; a tied output layer is the embedding, stored or not.
-    ignored = {n for n in shapes if n.endswith("rotary_emb.inv_freq") or tied and n == "lm_head.weight"}
-    expected = _shapes(config)
-    _check({n: s for n, s in shapes.items() if n not in ignored}, {n: expected[w.ours] for n, w in ours.items()}, dir)
-
-    def convert() -> Iterable[tuple[str, Tensor]]:
-        for name, tensor in read():
-            if name in ignored:
-                continue
-            w = ours[name]
-            yield w.ours, to_interleaved(tensor, getattr(config, w.heads)) if w.heads else tensor
-            if tied and w.ours == "tok_embeddings.weight":
-                yield "output.weight", tensor
-
-    return _assemble(config, convert(), device, dtype), _find_tokenizer([dir], config)
+    return _assemble(_open_hf(settled(Path(dir))), device, dtype)
 
 
 def load_weights(model: nn.Module, path: PathLike) -> None:
-    """Copy `path`/model.safetensors into `model`, keeping its device and dtype. All names and shapes are compared before any is copied.
+    """Copy the weights of `path`, our own format or a step, into `model`, keeping its device and dtype. All names and shapes are compared before any
+    is copied. The model may be split over ranks, and the files written by any number of them.
 
     Raises ValueError, with the model unchanged, for a tensor that is missing, unexpected or of another shape, or a damaged file.
     """
-    file = Path(path) / "model.safetensors"
-    shapes, read = open_safetensors([file])
+    tensors, where = open_weights(Path(path))
     own = model.state_dict()
-    _check(shapes, {n: tuple(t.shape) for n, t in own.items()}, file)
-    with torch.no_grad():
-        for name, tensor in read():
-            own[name].copy_(tensor)
+    check_shapes(tensors.shapes, {n: tuple(t.shape) for n, t in own.items()}, where)
+    tensors.fill(own)
 
 
-def load_state(dir: PathLike) -> tuple[int, Path, dict[str, Tensor], dict] | None:
-    """(step, folder, tensors on the CPU, meta) that `save_state` wrote last in `dir`; None if there is no complete step.
+def load_state(dir: PathLike) -> tuple[int, Path, Tensors, dict] | None:
+    """(step, folder, tensors, meta) that `save_state` wrote last in `dir`; None if there is no complete step.
 
     Raises ValueError if the newest complete step is damaged.
     """
-    steps = _steps(Path(dir), ("model.safetensors", "train_state.safetensors", "train_state.json"))
+    steps = _files.steps_of(Path(dir), lambda p: (p / "train_state.json").is_file() and _files.has_weights(p)
+                   and ((p / ".metadata").is_file() or (p / "train_state.safetensors").is_file()))  # fmt: skip
     if not steps:
         return None
     step, path = steps[-1]
     state = read_json(path / "train_state.json")
     if state.get("step") != step or not isinstance(state.get("meta"), dict):
         raise ValueError(f"{path / 'train_state.json'} is not of step {step}; delete {path} to go on from an older step or from the start")
-    _, read = open_safetensors([path / "train_state.safetensors"])
-    return step, path, dict(read()), state["meta"]
+    split = (path / ".metadata").is_file()
+    tensors = _files.open_distributed(path).under("train/") if split else open_safetensors([path / "train_state.safetensors"])
+    return step, path, tensors, state["meta"]
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
-def save(model: nn.Module, tokenizer: Tokenizer | None, dir: PathLike) -> None:
-    """Write our own format to `dir`: params.json, model.safetensors, tokenizer.model. A checkpoint that was there is replaced at the end.
+def save(model: nn.Module | Stored, tokenizer: Tokenizer | None, dir: PathLike, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write our own format to `dir`: params.json, model.safetensors (several and an index, of up to `max_shard_bytes` each), tokenizer.model. A
+    checkpoint that was there is replaced at the end. A model that is split over ranks is gathered tensor by tensor; all ranks call this.
 
     Raises ValueError if `dir` is a file or holds other things than a checkpoint, OSError (nothing lost) if it cannot be written.
     """
-    with new_folder(Path(dir)) as tmp:
-        _write_own(model, tokenizer, tmp)
+    with shared_folder(Path(dir)) as tmp:
+        _write_weights(model.state_dict(), tmp, max_shard_bytes)
+        current().first(lambda: _write_about(model, tokenizer, tmp))
 
 
 def save_state(
     dir: PathLike, step: int, model: nn.Module, tensors: dict[str, Tensor], meta: dict, tokenizer: Tokenizer | None = None, keep: int = 1
 ) -> Path:
-    """Write `dir`/step-NNNNNNNN/, our own format plus the trainer's `tensors` and `meta` (JSON); return that folder.
+    """Write `dir`/step-NNNNNNNN/, the model plus the trainer's `tensors` and `meta` (JSON); return that folder. A job of one writes our own format. In
+    a job of several ranks all call this, and each writes its own parts; the folder has its name once all are done.
 
     Afterwards the newest `keep` older steps stay and the rest is removed. Raises as `save`.
     """
     target = Path(dir) / f"step-{step:08d}"
-    with new_folder(target) as tmp:
-        _write_own(model, tokenizer, tmp)
-        write_tensors(tensors, tmp / "train_state.safetensors")
-        write_json({"step": step, "meta": meta}, tmp / "train_state.json")
-    older = [path for s, path in _steps(Path(dir), ()) if s < step]
-    killed = [p for p in Path(dir).iterdir() if p.name.startswith((".tmp-step-", ".old-step-"))]
-    for path in older[: max(0, len(older) - keep)] + killed:
-        shutil.rmtree(path, ignore_errors=True)
+    mesh = current()
+    with shared_folder(target) as tmp:
+        if mesh.world > 1:
+            write_distributed({**{f"model/{n}": t for n, t in model.state_dict().items()}, **{f"train/{n}": t for n, t in tensors.items()}}, tmp)
+        else:
+            _write_weights(model.state_dict(), tmp)
+            write_tensors(tensors, tmp / "train_state.safetensors")
+
+        def about() -> None:
+            _write_about(model, tokenizer, tmp)
+            write_json({"step": step, "meta": meta}, tmp / "train_state.json")
+
+        mesh.first(about)
+    mesh.first(lambda: _files.prune_steps(Path(dir), step, keep))
     return target
 
 
-def save_hf(model: Llama, tokenizer: Tokenizer | None, dir: PathLike, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write a folder that transformers loads: weights in shards of up to `max_shard_bytes`, the tokenizer, the chat template.
+def save_hf(model: Llama | Stored, tokenizer: Tokenizer | None, dir: PathLike, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write a folder that transformers loads: weights in shards of up to `max_shard_bytes`, the tokenizer, the chat template. Ranks as in `save`.
 
     AutoTokenizer gives the ids of our Tokenizer, except that it reads "<s>", "</s>" and "<unk>" in a text as special tokens (its
     habit; the chat template refuses the first two in a turn). Raises as `save`, and ValueError if the tokenizer has more tokens than
@@ -236,27 +223,19 @@ def save_hf(model: Llama, tokenizer: Tokenizer | None, dir: PathLike, max_shard_
     if tokenizer is not None and tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {c.vocab_size}: they do not belong together")
     state, table = model.state_dict(), weight_table(c)
-    shards = _hf_shards(state, max_shard_bytes)
-    dtype = str(state["output.weight"].dtype).removeprefix("torch.")
-    with new_folder(Path(dir)) as tmp:
-        weight_map = {}
-        for i, names in enumerate(shards):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {}
-            for name in names:
-                w = table[name]
-                tensors[w.hf] = to_half_split(state[name], getattr(c, w.heads)) if w.heads else state[name]
-                weight_map[w.hf] = file
-            write_tensors(tensors, tmp / file)
-        if len(shards) > 1:
-            total = sum(t.nbytes for t in state.values())
-            write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, tmp / "model.safetensors.index.json")
+
+    def about() -> None:
         ids = {"bos_token_id": tokenizer.bos_id if tokenizer else 1, "eos_token_id": tokenizer.eos_id if tokenizer else 2}
+        dtype = str(state["output.weight"].dtype).removeprefix("torch.")
         write_json(config_json(c, dtype) | ids | {"pad_token_id": None}, tmp / "config.json")
         write_json(ids, tmp / "generation_config.json")
         if tokenizer is not None:
             _write_tokenizer(tokenizer, tmp)
             write_tokenizer_json(tokenizer, c.max_seq_len, tmp)
+
+    with shared_folder(Path(dir)) as tmp:
+        _write_weights(state, tmp, max_shard_bytes, {n: (w.hf, w.heads and getattr(c, w.heads)) for n, w in table.items()})
+        current().first(about)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -290,37 +269,82 @@ def _config_from_meta(path: Path, first: Path, n: int) -> LlamaConfig:
     return _config(params, path, hidden=shard["layers.0.feed_forward.w1.weight"].shape[0] * n)
 
 
-def _load_own(dir: Path, device: torch.device | str, dtype: torch.dtype | None) -> tuple[Llama, Tokenizer | None]:
+def _is_own(dir: Path) -> bool:
+    return (dir / "params.json").is_file() and _files.has_weights(dir)
+
+
+def _open_own(dir: Path) -> Stored:
     config = _config(read_json(dir / "params.json"), dir / "params.json")
-    shapes, read = open_safetensors([dir / "model.safetensors"])
-    _check(shapes, _shapes(config), dir / "model.safetensors")
-    return _assemble(config, read(), device, dtype), _find_tokenizer([dir], config)
+    tensors, where = open_weights(dir)
+    check_shapes(tensors.shapes, _shapes(config), where)
+    return Stored(config, tensors, _find_tokenizer([dir], config))
 
 
-def _hf_files(dir: Path) -> list[Path]:
-    index = dir / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map; download it again")
-        return [dir / name for name in sorted(set(weight_map.values()))]
-    files = [dir / "model.safetensors"] if (dir / "model.safetensors").is_file() else sorted(dir.glob("*.safetensors"))
+def _open_meta(dir: Path) -> Stored:
+    files = sorted(dir.glob("consolidated.*.pth"))
     if not files:
-        raise ValueError(f"{dir} has no *.safetensors; weights in *.bin are not read: convert them with transformers' save_pretrained")
-    return files
+        raise ValueError(f"{dir} has no consolidated.00.pth")
+    for i, file in enumerate(files):
+        if file.name != f"consolidated.{i:02d}.pth":
+            raise ValueError(f"{dir} lacks consolidated.{i:02d}.pth, though it has {files[-1].name}; download it again")
+    config = _config_from_meta(dir / "params.json", files[0], len(files))
+    table, shapes = weight_table(config), _shapes(config)
+    parts = {name: _part(shape, table[name].split, len(files), dir) for name, shape in shapes.items()}
+    shards = [read_pth(file) for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        check_shapes({name: tuple(t.shape) for name, t in shard.items()}, parts, file)
+
+    def merged(name: str) -> Tensor:
+        dim = table[name].split
+        return shards[0][name].clone() if dim is None else torch.cat([shard[name] for shard in shards], dim)  # None: the same in every shard
+
+    return Stored(config, Tensors(shapes, merged), _find_tokenizer([dir, dir.parent], config))
 
 
-def _hf_shards(state: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
-    """Names in the order of `state`, cut into shards of up to max_bytes (or one tensor, if that is larger)."""
+def _open_hf(dir: Path) -> Stored:
+    raw = read_json(dir / "config.json")
+    fields = config_fields(raw, dir / "config.json")
+    config = _config(fields, dir / "config.json", fields.pop("hidden_dim"))
+    tensors = open_safetensors(weight_files(dir))
+    tied = bool(raw.get("tie_word_embeddings"))
+    table, shapes = weight_table(config), _shapes(config)
+    if tied:  # the output layer is the embedding, stored twice or not
+        table["output.weight"] = table["output.weight"]._replace(hf=table["tok_embeddings.weight"].hf)
+    # Old exports carry the rotary frequencies, which follow from the config.
+    ignored = {n for n in tensors if n.endswith("rotary_emb.inv_freq") or tied and n == "lm_head.weight"}
+    check_shapes({n: s for n, s in tensors.shapes.items() if n not in ignored}, {w.hf: shapes[n] for n, w in table.items()}, dir)
+
+    def convert(name: str) -> Tensor:
+        w = table[name]
+        return to_interleaved(tensors[w.hf], getattr(config, w.heads)) if w.heads else tensors[w.hf]
+
+    return Stored(config, Tensors(shapes, convert), _find_tokenizer([dir], config))
+
+
+def _write_weights(state: Mapping[str, Tensor], dir: Path, max_bytes: int = 5_000_000_000, layout: dict[str, tuple[str, int | None]] | None = None) -> None:
+    """model.safetensors, or as many files of up to max_bytes (or one tensor) as are needed and an index. `layout` gives Hugging Face's name of a
+    tensor, and the heads to permute. Never more than one file is in memory, and on rank 0 only."""
+    mesh = current()
+    sizes = {n: 4 * math.prod(s) for n, s in state.shapes.items()} if isinstance(state, Tensors) else {n: t.nbytes for n, t in state.items()}
     shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > max_bytes:
             shards.append([])
-            size = 0
         shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            tensor = whole(state[name])
+            to, heads = layout[name] if layout else (name, None)
+            weight_map[to] = file
+            if mesh.rank == 0:
+                tensors[to] = to_half_split(tensor, heads) if heads else tensor
+        mesh.first(partial(write_tensors, tensors, dir / file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        mesh.first(lambda: write_json(index, dir / "model.safetensors.index.json"))
 
 
 def _shapes(config: LlamaConfig) -> dict[str, Shape]:
@@ -337,33 +361,18 @@ def _part(shape: Shape, dim: int | None, n: int, where: Path) -> Shape:
     return (*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
 
 
-def _check(found: dict[str, Shape], expected: dict[str, Shape], where: Path) -> None:
-    for name, shape in expected.items():
-        if name not in found:
-            raise ValueError(f"{where} lacks the tensor {name} of shape {list(shape)}: it is incomplete, or of another architecture")
-        if found[name] != shape:
-            raise ValueError(f"{where}: {name} has shape {list(found[name])}, expected {list(shape)}: weights and config do not fit")
-    extra = sorted(set(found) - set(expected))
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ValueError(f"{where} has a tensor {extra[0]} of shape {list(found[extra[0]])}{more} that this model does not have")
-
-
-def _assemble(config: LlamaConfig, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str, dtype: torch.dtype | None) -> Llama:
-    """A Llama that owns the given tensors (names and shapes already checked), with nothing allocated twice."""
+def _assemble(stored: Stored, device: torch.device | str, dtype: torch.dtype | None) -> tuple[Llama, Tokenizer | None]:
+    """A Llama that owns the stored tensors, with nothing allocated twice."""
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(stored.config)
     own = {}
-    for name, t in tensors:
+    for name, t in stored.tensors.items():
         if not t.is_floating_point():
             raise ValueError(f"{name} is stored as {t.dtype}: quantized weights are not supported")
         own[name] = t.to(device, dtype or torch.float32).contiguous()
-    # A tied output layer must become a tensor of its own: ours is trained apart.
-    if own["output.weight"].data_ptr() == own["tok_embeddings.weight"].data_ptr():
-        own["output.weight"] = own["output.weight"].clone()
     model.load_state_dict(own, strict=True, assign=True)
     model.reset_rope()
-    return model.eval()
+    return model.eval(), stored.tokenizer
 
 
 def _find_tokenizer(folders: Iterable[Path], config: LlamaConfig) -> Tokenizer | None:
@@ -376,11 +385,10 @@ def _find_tokenizer(folders: Iterable[Path], config: LlamaConfig) -> Tokenizer |
     return tokenizer
 
 
-def _write_own(model: nn.Module, tokenizer: Tokenizer | None, dir: Path) -> None:
+def _write_about(model: nn.Module | Stored, tokenizer: Tokenizer | None, dir: Path) -> None:
     config = getattr(model, "config", None)
     if hasattr(config, "to_params_json"):  # the trainer also saves networks that are not a Llama
         write_json(config.to_params_json(), dir / "params.json")
-    write_tensors(model.state_dict(), dir / "model.safetensors")
     if tokenizer is not None:
         _write_tokenizer(tokenizer, dir)
 
@@ -388,13 +396,3 @@ def _write_own(model: nn.Module, tokenizer: Tokenizer | None, dir: Path) -> None
 def _write_tokenizer(tokenizer: Tokenizer, dir: Path) -> None:
     # From memory: the file may be in an older step's folder that is gone by now.
     (dir / "tokenizer.model").write_bytes(tokenizer.serialized())
-
-
-def _steps(dir: Path, files: tuple[str, ...]) -> list[tuple[int, Path]]:
-    """(step, folder) of the step folders in `dir` that hold all of `files`, oldest first."""
-    found: dict[int, Path] = {}
-    for path in sorted(dir.iterdir(), reverse=True) if dir.is_dir() else ():  # "step-" sorts after ".old-step-", so is preferred
-        match = re.fullmatch(r"(?:\.old-)?step-(\d{8,})", path.name)
-        if match and all((path / f).is_file() for f in files):
-            found.setdefault(int(match[1]), path)
-    return sorted(found.items())

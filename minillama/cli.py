@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 
@@ -127,12 +128,14 @@ def evaluate(argv: list[str]) -> int:
     p.add_argument("--temperature", type=float, default=0.0, help="softmax temperature; 0 is greedy (tinyworld)")
     p.add_argument("--base", action="store_true", help="ask with examples in the documents' style instead of the chat format (tinyworld)")
     p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--tensor", type=int, default=1, help="ranks of a torchrun job that split the model (default 1)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto (default)")
     a = p.parse_args(argv)
-    from minillama.checkpoint import load
+    from minillama.config import ParallelConfig
     from minillama.data.world import from_spec
 
     world = from_spec(a.data)
-    model, tok = _with_tokenizer(*load(a.model), a.model)
+    model, tok, _ = _to_generate(a.model, a.device, ParallelConfig(tensor=a.tensor))
     if world:
         from minillama.evaluation.tinyworld import base_answers, chat_answers, judge
         from minillama.report import interval
@@ -156,11 +159,9 @@ def generate(argv: list[str]) -> int:
     from minillama.config import GenerateConfig
 
     c, _ = _config(GenerateConfig, "generate", argv)
-    from minillama.checkpoint import load
     from minillama.generate import stream, stream_text
-    from minillama.trainer import pick_device
 
-    model, tok = _with_tokenizer(*load(c.model, device=pick_device(c.device)), c.model)
+    model, tok, _ = _to_generate(c.model, c.device, c.parallel, c.bf16)
     ids = tok.encode(c.prompt, bos=True)
     print(c.prompt, end="", flush=True)
     new = stream(model, ids, max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p, seed=c.seed, stop=[tok.eos_id])
@@ -179,20 +180,21 @@ def chat(argv: list[str]) -> int:
 
     c, a = _config(GenerateConfig, "chat", argv, more)
     from minillama.chat import Message, check, encode_prompt, fit_context
-    from minillama.checkpoint import load
     from minillama.generate import stream, stream_text
-    from minillama.trainer import pick_device
 
-    model, tok = _with_tokenizer(*load(c.model, device=pick_device(c.device)), c.model)
+    model, tok, mesh = _to_generate(c.model, c.device, c.parallel, c.bf16)
     start = [Message("system", a.system)] if a.system else []
     history = list(start)
     room = model.config.max_seq_len - min(c.max_new_tokens, model.config.max_seq_len // 2)
     turn = 0
     while True:
         try:
-            line = c.prompt if c.prompt and not turn else input("you> " if sys.stdin.isatty() else "")
+            line = ""
+            if mesh.rank == 0:
+                line = c.prompt if c.prompt and not turn else input("you> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
-            break
+            line = ""
+        line = mesh.told(line)
         if not line.strip():
             break
         if line.strip() == "/reset":
@@ -238,9 +240,9 @@ def convert(argv: list[str]) -> int:
     a = p.parse_args(argv)
     from minillama import checkpoint
 
-    model, tok = checkpoint.load(a.model)
-    (checkpoint.save_hf if a.to == "hf" else checkpoint.save)(model, tok, a.out)
-    print(f"{a.out}: {model.config.n_params():,} parameters, {'with' if tok else 'without'} tokenizer")
+    found = checkpoint.opened(a.model)  # and read tensor by tensor as it is written: a model need not fit the memory
+    (checkpoint.save_hf if a.to == "hf" else checkpoint.save)(found, found.tokenizer, a.out)
+    print(f"{a.out}: {found.config.n_params():,} parameters, {'with' if found.tokenizer else 'without'} tokenizer")
     return 0
 
 
@@ -252,6 +254,126 @@ def report(argv: list[str]) -> int:
     from minillama.report import build
 
     print(build(a.run))
+    return 0
+
+
+def launch(argv: list[str]) -> int:
+    """Start a stage on many devices: by torchrun on this machine, or as a Slurm job that is requeued and resumes."""
+    p = Parser(prog="minillama launch", description=launch.__doc__, epilog="Options of the launch stand before the stage, the stage's own after it.")
+    where = p.add_mutually_exclusive_group(required=True)
+    where.add_argument("--local", action="store_true", help="torchrun on this machine")
+    where.add_argument("--slurm", action="store_true", help="write a job script into the run folder and submit it")
+    p.add_argument("--nodes", type=int, default=1, help="number of nodes (default 1)")
+    ranks = p.add_mutually_exclusive_group()
+    ranks.add_argument("--gpus-per-node", type=int, help="GPUs, and ranks, a node (default those seen here; 8 with --slurm)")
+    ranks.add_argument("--processes", type=int, help="ranks a node that need no GPU; the stage then wants --train.device cpu")
+    p.add_argument("--cpus", type=int, default=8, help="CPU cores a rank (default 8)")
+    p.add_argument("--run", help="folder of script and logs (default the stage's)")
+    p.add_argument("--time", default="1-00:00:00", help="time limit; before it is up the job saves and goes back to the queue (default a day)")
+    p.add_argument("--grace", type=int, default=120, help="seconds before the time limit at which it does (default 120)")
+    p.add_argument("--failures", type=int, default=3, help="new starts after failures without a new checkpoint in between (default 3)")
+    p.add_argument("--partition", help="Slurm partition")
+    p.add_argument("--account", help="Slurm account")
+    p.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch, as --sbatch=--mem=0; may be repeated")
+    p.add_argument("--template", help="job script to fill in instead of minillama/parallel/sbatch.sh")
+    p.add_argument("--dry", action="store_true", help="write and print, but start nothing")
+    p.add_argument("stage", choices=_STAGES, help="one of: " + ", ".join(_STAGES))
+    p.add_argument("args", nargs=argparse.REMAINDER, help="the stage's own arguments")
+    a = p.parse_args(argv)
+    import shlex
+    from importlib import import_module
+    from pathlib import Path
+
+    from minillama.config import LlamaConfig
+    from minillama.parallel.launch import TEMPLATE, Job, local, submit, torchrun, visible_gpus, write
+
+    c, _ = _config(getattr(import_module("minillama.config"), _STAGES[a.stage][1]), a.stage, a.args)
+    per_node = a.processes or a.gpus_per_node or (8 if a.slurm else max(1, visible_gpus()))
+    options = [*([f"--partition={a.partition}"] if a.partition else []), *([f"--account={a.account}"] if a.account else []), *a.sbatch]
+    job = Job(a.stage, a.args, Path(c.out), a.nodes, per_node, not a.processes and (a.slurm or bool(a.gpus_per_node or visible_gpus())),
+              Path(a.run) if a.run else None, a.cpus, a.time, a.grace, a.failures, options)  # fmt: skip
+    train = getattr(c, "train", c)
+    llama = LlamaConfig.preset(c.preset, **c.model) if a.stage == "pretrain" else None
+    p = train.parallel.resolve(job.nodes * per_node, llama)
+    rows = getattr(c, "minibatch", train.batch_size)
+    if rows < p.replicate * p.shard:
+        raise ValueError(f"a step of {rows} rows does not reach the {p.replicate * p.shard} data ranks; take fewer, or raise the batch or parallel.tensor")
+    if list((job.out / "checkpoint").glob("step-*")) and not c.resume:
+        raise ValueError(f"{job.out} already holds a checkpoint; add --resume true to go on, or choose another folder")
+    if a.local:
+        if a.nodes > 1:
+            raise ValueError(f"--local is this machine, not {a.nodes} nodes; without Slurm, run on each: {shlex.join(torchrun(job))}")
+        print(shlex.join(torchrun(job)), flush=True)
+        if not a.dry:
+            local(job)
+        return 0
+    path = write(job, Path(a.template) if a.template else TEMPLATE)
+    print(path.read_text(encoding="utf-8") if a.dry else f"job {submit(path)}: {path}; its log is in {path.parent / 'logs'}")
+    print(f"without Slurm{', on each node K' if a.nodes > 1 else ''}: {shlex.join(torchrun(job))}")
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    """Plan a run in closed form: memory, traffic and time of a step, whether it fits, GPU-hours, energy and carbon. Needs no torch."""
+    from minillama.config import PRESETS, LlamaConfig
+    from minillama.parallel.plan import GPUS, STAGES, plan, plot
+
+    p = Parser(prog="minillama plan", description=plan.__doc__)
+    p.add_argument("preset", help="one of: " + ", ".join(PRESETS))
+    p.add_argument("--gpus", type=int, required=True, help="ranks of the job")
+    p.add_argument("--gpu", default="a100-80gb", help="one of: " + ", ".join(GPUS) + " (default a100-80gb)")
+    p.add_argument("--replicate", type=int, help="copies of the sharded model; with no degree given, a mesh is proposed")
+    p.add_argument("--shard", type=int, help="ranks that share parameters, gradients and optimizer state")
+    p.add_argument("--tensor", type=int, help="ranks that split every matrix")
+    p.add_argument("--checkpointing", choices=("none", "full"), default="full", help="activation checkpointing (default full)")
+    p.add_argument("--keep-gathered", action="store_true", help="keep gathered weights from the forward to the backward pass")
+    p.add_argument("--layers", type=int, help="number of blocks, to try a smaller one")
+    p.add_argument("--seq-len", type=int, help="tokens a row (default the preset's longest)")
+    p.add_argument("--batch", type=int, help="sequences a step over all ranks (default a micro-batch a data rank)")
+    p.add_argument("--micro-batch", type=int, help="sequences a data rank takes at once (default 1, or with --batch as many as fit)")
+    p.add_argument("--tokens", type=float, help="tokens of the run (default 2e12 in pretraining, else those of a step)")
+    p.add_argument("--stage", default="pretrain", help="one of: " + ", ".join(STAGES) + " (default pretrain)")
+    p.add_argument("--watts", type=float, help="power limit of a GPU (default its own; the paper's 34B had 350)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--plot", metavar="FILE.png", help="draw memory against ranks")
+    a = p.parse_args(argv)
+    llama = LlamaConfig.preset(a.preset, **{k: v for k, v in {"n_layers": a.layers, "max_seq_len": a.seq_len}.items() if v is not None})
+    options = dict(tensor=a.tensor, replicate=a.replicate, shard=a.shard, checkpointing=a.checkpointing, reshard=not a.keep_gathered, batch=a.batch,
+                   micro_batch=a.micro_batch, tokens=a.tokens, stage=a.stage, watts=a.watts)  # fmt: skip
+    result = plan(llama, a.gpus, a.gpu, **options)
+    print(json.dumps({"preset": a.preset, **result.to_json()}) if a.json else result)
+    if a.plot:
+        plot(result, a.plot)
+    return 0
+
+
+def dryrun(argv: list[str]) -> int:
+    """Rehearse a training step of any number of ranks in this process: peak memory and collectives of one rank."""
+    from minillama.config import PRESETS, LlamaConfig, ParallelConfig
+
+    p = Parser(prog="minillama dryrun", description=dryrun.__doc__)
+    p.add_argument("preset", help="one of: " + ", ".join(PRESETS))
+    p.add_argument("--gpus", type=int, required=True, help="ranks of the job")
+    p.add_argument("--replicate", type=int, default=1, help="copies of the sharded model (default 1)")
+    p.add_argument("--shard", type=int, default=0, help="ranks that share parameters, gradients and optimizer state (default all that the others leave)")
+    p.add_argument("--tensor", type=int, default=1, help="ranks that split every matrix (default 1)")
+    p.add_argument("--checkpointing", choices=("none", "full"), default="full", help="activation checkpointing (default full)")
+    p.add_argument("--keep-gathered", action="store_true", help="keep gathered weights from the forward to the backward pass")
+    p.add_argument("--layers", type=int, help="number of blocks, to try a smaller one")
+    p.add_argument("--seq-len", type=int, help="tokens a row (default the preset's longest)")
+    p.add_argument("--micro-batch", type=int, default=1, help="rows a data rank takes at once (default 1)")
+    p.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")
+    p.add_argument("--fp32", action="store_true", help="compute in fp32 instead of bf16")
+    p.add_argument("--rank", type=int, default=0, help="the rank that is rehearsed (default 0)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    a = p.parse_args(argv)
+    llama = LlamaConfig.preset(a.preset, **{k: v for k, v in {"n_layers": a.layers, "max_seq_len": a.seq_len}.items() if v is not None})
+    parallel = ParallelConfig(a.replicate, a.shard, a.tensor, a.checkpointing, not a.keep_gathered)
+    parallel.resolve(a.gpus, llama)
+    from minillama.parallel.dryrun import rehearse
+
+    r = rehearse(llama, a.gpus, parallel, micro_batch=a.micro_batch, accumulation=a.accumulation, rank=a.rank, bf16=not a.fp32)
+    print(json.dumps({"preset": a.preset, "n_params": llama.n_params(), **r.to_json()}) if a.json else r)
     return 0
 
 
@@ -274,7 +396,8 @@ def course(argv: list[str]) -> int:
 
 
 VERBS = {"info": info, "demo": demo, "tokenizer": tokenizer, "clean": clean, **{verb: _training(verb, *rest) for verb, rest in _STAGES.items()},
-         "eval": evaluate, "generate": generate, "chat": chat, "convert": convert, "report": report, "course": course}  # fmt: skip
+         "eval": evaluate, "generate": generate, "chat": chat, "convert": convert, "launch": launch, "report": report, "course": course,
+         "plan": plan, "dryrun": dryrun}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -305,10 +428,19 @@ def _config(cls: type, verb: str, argv: list[str], more=None):
     return cls(**{n: getattr(values, n) for n in names}), values
 
 
-def _with_tokenizer(model, tok, where: str):
+def _to_generate(path: str, device: str, parallel, bf16: bool = False):
+    """(model, tokenizer, mesh) of a checkpoint; of a torchrun job's ranks only the first speaks."""
+    from minillama.parallel import mesh as module
+    from minillama.parallel.state import load_sampler
+    from minillama.trainer import pick_device
+
+    mesh = module.start(parallel, device)
+    model, tok = load_sampler(path, mesh, pick_device(device), bf16)
     if tok is None:
-        raise ValueError(f"{where} has no tokenizer.model; put the one it was trained with beside the weights")
-    return model, tok
+        raise ValueError(f"{path} has no tokenizer.model; put the one it was trained with beside the weights")
+    if mesh.rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return model, tok, mesh
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -346,5 +478,7 @@ def _line(e: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"minillama: {message}", file=sys.stderr)
+    print(f"minillama: {message}", file=sys.stderr, flush=True)
+    if status == 2 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(2)  # torchrun ends the other ranks as soon as one is gone: let each say what is wrong
     return status

@@ -305,7 +305,8 @@ class RewardConfig:
     safety_weight: float = 0.0
     """Weight of the auxiliary safety loss on pairs with safety labels (paper uses one for the safety reward model; its formula and weight are assumed)."""
     evidence: bool = False
-    """Add a bounded term from the log-probabilities of the answer's tokens to the paper's scalar head (assumed: for models of a few million parameters)."""
+    """Add two bounded terms to the paper's scalar head, from the answer's log-probabilities and from what it takes up of the prompt (assumed: for models
+    of a few million parameters)."""
     epochs: float = 1.0
     """Passes over the pairs; sets train.steps (paper: 1, more overfits)."""
     val_fraction: float = 0.05
@@ -531,6 +532,10 @@ class GenerateConfig:
     """Seed of sampling."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
+    bf16: bool = False
+    """Hold and compute in bf16 in a torchrun job."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the ranks of a torchrun job share the model: tensor says over how many each copy is split."""
 
 
 @dataclass

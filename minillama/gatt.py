@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minillama import checkpoint, sft
+from minillama import sft
 from minillama.chat import TAGS, Message, encode_dialogue, encode_prompt
 from minillama.config import GAttConfig, SFTConfig
 from minillama.data import sources
 from minillama.generate import sample_many
 from minillama.model import Llama
+from minillama.parallel import mesh as parallel
+from minillama.parallel.state import load_sampler
 from minillama.trainer import last_state, pick_device, write_config
 
 
@@ -75,20 +77,22 @@ def run(config: GAttConfig, dialogues: Sequence[dict] | None = None, keep: Seque
     Raises ValueError for a file without dialogues.
     """
     out, c = Path(config.out), config.train
+    mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)
     device = pick_device(c.device)
     if dialogues is None:
         dialogues = sources.read_rows(config.dialogues, ("standing", "turns"))
     sampled = out / "dialogues.jsonl"
-    policy, tokenizer = checkpoint.load(config.policy)
+    policy, tokenizer = load_sampler(config.policy, mesh, device, c.bf16 and mesh.world > 1)
     if tokenizer is None:
         raise ValueError(f"{config.policy} has no tokenizer.model; put the one it was trained with beside the weights")
     if not (config.resume and sampled.exists()):
-        answers = converse(policy.to(device).eval(), tokenizer, dialogues, True, config.temperature, config.max_new_tokens, c.seed)
-        sources.write_jsonl(({**d, "answers": a} for d, a in zip(dialogues, answers, strict=True)), sampled)
+        answers = converse(policy, tokenizer, dialogues, True, config.temperature, config.max_new_tokens, c.seed)
+        mesh.first(lambda: sources.write_jsonl(({**d, "answers": a} for d, a in zip(dialogues, answers, strict=True)), sampled))
+    del policy  # what is tuned needs the room
     rows = sources.read_rows(str(sampled), ("standing", "turns", "answers"))
     items: list = [shorten(tokenizer, r, c.seq_len + 1) for r in training_rows(rows, [r["answers"] for r in rows], config.ghost)]
     items += list(keep) + [row["messages"] for row in (sources.read(config.keep, kind="instruction") if config.keep else ())]
     model = sft.run(SFTConfig(init=config.policy, out=config.out, epochs=config.epochs, resume=config.resume, train=c), items)
-    write_config(config, out)
+    mesh.first(lambda: write_config(config, out))
     return model

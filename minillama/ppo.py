@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,13 +34,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillama import checkpoint
+from minillama._files import Tensors
 from minillama.chat import Message, encode_prompt
 from minillama.config import PPOConfig, TrainConfig
 from minillama.data.sources import read_prompts
 from minillama.generate import log_probs, sample_many
 from minillama.model import Llama
 from minillama.parallel import mesh as parallel
+from minillama.parallel.mesh import settle, whole
+from minillama.parallel.state import load_sharded
 from minillama.reward import Gated, RewardModel, stack
+from minillama.reward import load as load_reward
 from minillama.trainer import (
     append_metrics,
     interrupted,
@@ -49,7 +54,6 @@ from minillama.trainer import (
     pick_device,
     restore_optimizer,
     stop_signals,
-    whole,
     write_config,
 )
 
@@ -189,6 +193,8 @@ def rollout(
     logp = by_batch(lambda t: log_probs(policy, t), tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)  # [B,T-1]
     ref_logp = by_batch(lambda t: log_probs(reference, t), tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)
     values = by_batch(lambda t: critic.values(t)[:, :-1], tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)  # the state before each action
+    settle(policy)
+    settle(critic)
     k1, k3 = kl_estimates(logp, ref_logp)
     advantages, returns = gae(token_rewards(score.to(device), k1, mask, config.beta), values, mask, config.gamma, config.gae_lambda)
     count = mask.sum(1)
@@ -290,8 +296,11 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
     prompts, else the last. Raises ValueError for too few prompts, an output folder in use (without resume), or models of different tokenizers.
     """
     c, out = config, Path(config.out)
+    mesh = parallel.start(c.parallel, c.device)
     device = pick_device(c.device)
-    policy, tokenizer = checkpoint.load(c.policy)
+    if c.minibatch % mesh.data_ranks:
+        raise ValueError(f"minibatch {c.minibatch} is not divisible by the {mesh.data_ranks} data ranks")
+    policy, tokenizer = load_sharded(c.policy, mesh, bf16=c.bf16, split_logits=False)
     gated = Gated(c.helpful, c.safety, c.gate, device)
     if tokenizer is None or gated.tokenizer.path.read_bytes() != tokenizer.path.read_bytes():
         raise ValueError(f"{c.policy} and {c.helpful} have different tokenizers; train the reward model from a model of the policy's family")
@@ -310,12 +319,14 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
                          "or lower max_new_tokens")  # fmt: skip
     if len(encoded) < c.batch_size:
         raise ValueError(f"{len(encoded)} prompts are fewer than batch_size {c.batch_size}; give more prompts or a smaller batch")
-    reference = copy.deepcopy(policy).to(device).eval().requires_grad_(False)
+    # a sharded model is not copied but loaded once more
+    reference = copy.deepcopy(policy) if mesh.world == 1 else load_sharded(c.policy, mesh, bf16=c.bf16, split_logits=False)[0]
+    reference.to(device).eval().requires_grad_(False)
     policy.to(device).train()
-    critic = critic_from(gated.helpful).to(device)
+    critic = (critic_from(gated.helpful) if mesh.world == 1 else critic_from(load_reward(c.helpful)[0], copied=False)).to(device)
     common = dict(steps=1, weight_decay=c.weight_decay, beta1=c.beta1, beta2=c.beta2, eps=c.eps)
     optimizers = (make_optimizer(policy, TrainConfig(lr=c.lr, **common)), make_optimizer(critic, TrainConfig(lr=c.critic_lr or c.lr, **common)))
-    out.mkdir(parents=True, exist_ok=True)
+    mesh.first(lambda: out.mkdir(parents=True, exist_ok=True))
     state = checkpoint.load_state(out / "state") if (out / "state").exists() else None
     if state and not c.resume:
         raise ValueError(f"{out} already holds a checkpoint of iteration {state[0]}; add --resume true to go on, or choose another folder")
@@ -328,9 +339,12 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
         start, path, tensors, best = state
         checkpoint.load_weights(policy, path)
         restore(critic, optimizers, policy, tensors)
-    write_config(c, out)
     metrics = out / "metrics.jsonl"
-    keep_metrics(metrics, start)
+    mesh.first(lambda: (write_config(c, out), keep_metrics(metrics, start)))
+
+    def note(record: dict) -> None:
+        if mesh.rank == 0:
+            append_metrics(metrics, record)
 
     def save(done: int) -> None:
         tensors = {**{f"critic/{n}": p for n, p in critic.state_dict().items()},
@@ -340,17 +354,18 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
 
     def measure() -> dict[str, float]:
         policy.eval()
-        measured = {}
+        measured, sampler = {}, _sampler(policy)
         if held:
-            drawn = sample_many(policy, [p for p, _ in held], c.max_new_tokens, 1.0, c.seed, [[tokenizer.eos_id]], c.batch_size)
+            drawn = sample_many(sampler, [p for p, _ in held], c.max_new_tokens, 1.0, c.seed, [[tokenizer.eos_id]], c.batch_size)
             scored = gated([(p + ids, len(p)) for (p, _), ids in zip(held, drawn.tokens, strict=True)], [s for _, s in held])
             measured["eval/reward"] = float(scored["reward"].mean())
             measured["eval/finished"] = sum(drawn.stopped) / len(drawn.stopped)
-        measured |= {f"eval/{k}": v for k, v in evaluate(policy).items()} if evaluate else {}
+        measured |= {f"eval/{k}": v for k, v in evaluate(sampler).items()} if evaluate else {}
         policy.train()
         return measured
 
-    bar = tqdm(total=c.iterations, initial=start, desc="ppo", unit="it", file=sys.stdout, dynamic_ncols=True, mininterval=1.0, disable=None)
+    bar = tqdm(total=c.iterations, initial=start, desc="ppo", unit="it", file=sys.stdout, dynamic_ncols=True, mininterval=1.0,
+               disable=None if mesh.rank == 0 else True)  # fmt: skip
     kept = out / "checkpoint"
     with stop_signals() as stop, bar:
         stopped_early = c.patience and best["worse"] >= c.patience  # a finished run that is resumed
@@ -366,16 +381,16 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
             seen = update(policy, critic, optimizers, roll, c, seed, learn_policy=iteration >= c.critic_warmup)
             done = iteration + 1
             record = {"step": done, **roll.metrics, **seen, "seconds": time.monotonic() - began}
-            append_metrics(metrics, record)
+            note(record)
             line = " ".join(f"{k} {record[k]:.2f}" for k in ("reward", "kl", "clip_fraction", "entropy", "length"))
             bar.set_postfix_str(line)
             bar.update()
-            if bar.disable and (done % 10 == 0 or done == c.iterations):
+            if bar.disable and mesh.rank == 0 and (done % 10 == 0 or done == c.iterations):
                 print(f"ppo {done}/{c.iterations} {line} ETA {record['seconds'] * (c.iterations - done):.0f} s", flush=True)
             last = done == c.iterations
             if c.eval_every and (done % c.eval_every == 0 or last):
                 measured = measure()
-                append_metrics(metrics, {"step": done, **measured})
+                note({"step": done, **measured})
                 learned = c.patience and done > c.critic_warmup  # until then every evaluation is that of the policy as it came
                 if learned and measured["eval/reward"] > best["reward"]:
                     best = {"reward": measured["eval/reward"], "iteration": done, "worse": 0}
@@ -383,26 +398,24 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
                 elif learned:
                     best = {**best, "worse": best["worse"] + 1}
                     last = last or best["worse"] >= c.patience
-            if stop or last or c.save_every and done % c.save_every == 0:
+            stopping = mesh.any(bool(stop))  # a signal may have reached one rank only
+            if stopping or last or c.save_every and done % c.save_every == 0:
                 save(done)
-            if stop and not last:
-                raise interrupted(stop[0], done, out / "state")
+            if stopping and not last:
+                raise interrupted(stop[0] if stop else signal.SIGTERM, done, out / "state")
             if last:
                 break
     if c.patience and best["iteration"]:
-        policy = checkpoint.load(kept)[0].to(device)
+        policy = load_sharded(kept, mesh, bf16=c.bf16, split_logits=False)[0].to(device)
     else:
         checkpoint.save_state(kept, c.iterations, policy, {}, {}, tokenizer, keep=0)
-    (out / "result.json").write_text(json.dumps({"iteration": best["iteration"] or c.iterations, "eval_reward": best["reward"] if best["iteration"] else None}))
+    result = json.dumps({"iteration": best["iteration"] or c.iterations, "eval_reward": best["reward"] if best["iteration"] else None})
+    mesh.first(lambda: (out / "result.json").write_text(result))
     return policy.eval()
 
 
-def restore(critic: RewardModel, optimizers: tuple, policy: Llama, tensors: dict[str, Tensor]) -> None:
+def restore(critic: RewardModel, optimizers: tuple, policy: Llama, tensors: Tensors) -> None:
     """Put the critic's weights and both optimizers' states back."""
-    parts: dict[str, dict[str, Tensor]] = {"critic": {}, "policy_optimizer": {}, "critic_optimizer": {}}
-    for key, value in tensors.items():
-        part, name = key.split("/", 1)
-        parts[part][name] = value
-    critic.load_state_dict(parts["critic"])
-    restore_optimizer(optimizers[0], policy, parts["policy_optimizer"])
-    restore_optimizer(optimizers[1], critic, parts["critic_optimizer"])
+    tensors.under("critic/").fill(critic.state_dict())
+    restore_optimizer(optimizers[0], policy, tensors.under("policy_optimizer/"))
+    restore_optimizer(optimizers[1], critic, tensors.under("critic_optimizer/"))

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from torch import nn
 
-from minillama import checkpoint
 from minillama.config import LlamaConfig, PretrainConfig, TrainConfig
 from minillama.data import sources
 from minillama.data.pack import Batches, Shards, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.parallel import mesh as parallel
+from minillama.parallel.state import load_sharded
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
@@ -51,7 +51,7 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
     last_state(out, config.resume)  # a folder that holds a run is refused before anything in it is written over
     tokenizer = Tokenizer(config.tokenizer)
     if config.init:
-        model = checkpoint.load(config.init)[0]
+        model = load_sharded(config.init, mesh, bf16=c.bf16, compile=c.compile)[0]
         if model.config.vocab_size != tokenizer.vocab_size:
             raise ValueError(f"{config.init} has {model.config.vocab_size} tokens, {config.tokenizer} {tokenizer.vocab_size}: they do not belong together")
     else:

@@ -15,12 +15,14 @@ from random import Random
 import numpy as np
 import torch
 
-from minillama import checkpoint, sft
+from minillama import sft
 from minillama.chat import TAGS, Message, encode_prompt
 from minillama.config import RejectConfig, SFTConfig
 from minillama.data import sources
 from minillama.generate import sample_many
 from minillama.model import Llama
+from minillama.parallel import mesh as parallel
+from minillama.parallel.state import load_sampler
 from minillama.reward import Gated
 from minillama.trainer import last_state, pick_device, write_config
 
@@ -67,27 +69,29 @@ def run(config: RejectConfig, prompts: Sequence[dict] | None = None) -> Llama:
     Raises ValueError for a file without prompts, or models that do not share a tokenizer.
     """
     out, c = Path(config.out), config.train
+    mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)
     device = pick_device(c.device)
     prompts = sources.read_prompts(config.prompts) if prompts is None else list(prompts)
     selected = out / "selected.jsonl"
     if not (config.resume and selected.exists()):
-        policy, tokenizer = checkpoint.load(config.policy)
-        policy.to(device).eval()
+        policy, tokenizer = load_sampler(config.policy, mesh, device, c.bf16 and mesh.world > 1)
         reward = Gated(config.helpful, config.safety, device=device)
         if tokenizer is None or reward.tokenizer.path.read_bytes() != tokenizer.path.read_bytes():
             raise ValueError(f"{config.policy} and {config.helpful} have different tokenizers; train the reward model from a model of the policy's family")
         samples = draw(policy, tokenizer, prompts, reward, config.samples, config.temperature, config.max_new_tokens, c.seed, config.batch)
-        sources.write_jsonl(({"messages": p["messages"], "samples": row} for p, row in zip(prompts, samples, strict=True)), out / "samples.jsonl")
+        del policy  # what is tuned needs the room
+        every = [{"messages": p["messages"], "samples": row} for p, row in zip(prompts, samples, strict=True)]
+        mesh.first(lambda: sources.write_jsonl(every, out / "samples.jsonl"))
         rng = Random(f"choose:{c.seed}")
         chosen = [(p, choose(row, config.select, rng)) for p, row in zip(prompts, samples, strict=True)]
         rows = [{"messages": [*p["messages"], {"role": "assistant", "content": s["answer"]}], "reward": s["reward"]} for p, s in chosen if s]
         if not rows:
             raise ValueError(f"no sample of {config.policy} ended within {config.max_new_tokens} tokens; raise max_new_tokens")
-        sources.write_jsonl(rows, selected)
+        mesh.first(lambda: sources.write_jsonl(rows, selected))
     items = [row["messages"] for spec in [selected, *config.pool] for row in sources.read(spec, kind="instruction")]
     model = sft.run(SFTConfig(init=config.init, out=config.out, epochs=config.epochs, resume=config.resume, train=c), items)
-    write_config(config, out)
+    mesh.first(lambda: write_config(config, out))
     return model
 
 

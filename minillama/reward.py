@@ -31,6 +31,7 @@ from minillama.config import MARGINS, LlamaConfig, RewardConfig
 from minillama.data.preferences import STRENGTHS, Pair, read_pairs
 from minillama.model import Llama
 from minillama.parallel import mesh as parallel
+from minillama.parallel.state import build, copy_weights
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
@@ -43,15 +44,26 @@ class RewardModel(Llama):
     def __init__(self, config: LlamaConfig, evidence: bool = False):
         super().__init__(config)
         self.score = nn.Linear(config.dim, 1)
-        nn.init.normal_(self.score.weight, std=(config.dim + 1) ** -0.5)
-        nn.init.zeros_(self.score.bias)
         self.evidence = evidence
         if evidence:
-            self.gain = nn.Parameter(torch.tensor([0.3]))
+            self.gain = nn.Parameter(torch.empty(1))
             self.wanted = nn.Linear(config.dim, 1)  # how much the answer should (or should not) take up a token of the prompt
             self.match = nn.Linear(config.dim, MATCH, bias=False)
-            nn.init.zeros_(self.wanted.weight)
-            nn.init.zeros_(self.wanted.bias)
+        self.init_heads()
+
+    @torch.no_grad()
+    def init_heads(self, seed: int = 0) -> None:
+        """Draw what a Llama does not have from a seed, each tensor by a generator of its own as in `Llama.init_weights`: the same on any mesh."""
+        from zlib import crc32
+
+        for name, module, std in (("score", self.score, (self.config.dim + 1) ** -0.5), ("match", getattr(self, "match", None), (3 * self.config.dim) ** -0.5)):
+            if module is not None:
+                g = torch.Generator().manual_seed(crc32(f"{seed}:{name}.weight".encode()))
+                module.weight.copy_(torch.randn(module.weight.shape, generator=g) * std)
+        for p in (self.score.bias, *(self.wanted.parameters() if self.evidence else ())):
+            p.fill_(0.0)
+        if self.evidence:
+            self.gain.fill_(0.3)
 
     def values(self, tokens: Tensor) -> Tensor:
         """The head's number at every position, [B,T]: what a critic is made of."""
@@ -80,28 +92,29 @@ class RewardModel(Llama):
         return reward + (wanted * taken_up * (at < starts[:, None])).sum(1)
 
 
-def load(dir: str | Path) -> tuple[RewardModel, Tokenizer]:
-    """The reward model that `run` wrote to a stage's folder, in eval mode, and its tokenizer. Raises ValueError if it holds none."""
+def load(dir: str | Path, *, bf16: bool = False, compile: bool = False) -> tuple[RewardModel, Tokenizer]:
+    """The reward model that `run` wrote to a stage's folder, in eval mode, and its tokenizer; in a job of several ranks split over them, with the
+    options of `shard.parallelize`. Raises ValueError if it holds none."""
     found = checkpoint.load_state(Path(dir) / "checkpoint")
     if found is None or not (Path(dir) / "reward.json").exists():
         raise ValueError(f"{dir} holds no reward model; train one with `minillama reward --out {dir}`")
     path = found[1]
     config = LlamaConfig(**json.loads((path / "params.json").read_text()))
-    model = RewardModel(config, json.loads((Path(dir) / "reward.json").read_text())["evidence"])
-    model.reset_rope()
-    checkpoint.load_weights(model, path)
+    evidence = json.loads((Path(dir) / "reward.json").read_text())["evidence"]
+    model = build(lambda: RewardModel(config, evidence), lambda m: checkpoint.load_weights(m, path), parallel.current(), bf16=bf16, compile=compile)
     return model.eval(), Tokenizer(path / "tokenizer.model")
 
 
-def from_chat(chat: Llama, evidence: bool, seed: int = 0) -> RewardModel:
-    """A reward model that starts from a chat model's weights (sec 3.2.2), its head drawn from `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = RewardModel(chat.config, evidence)
-    missing, unexpected = model.load_state_dict(chat.state_dict(), strict=False)
-    assert not unexpected and all(name.startswith(("score", "gain", "wanted", "match")) for name in missing)
-    model.reset_rope()
-    return model
+def from_chat(chat: Llama | checkpoint.Stored, evidence: bool, seed: int = 0, *, bf16: bool = False, compile: bool = False) -> RewardModel:
+    """A reward model that starts from a chat model's weights (sec 3.2.2), its heads drawn from `seed`. In a job of several ranks it is split over them,
+    with the options of `shard.parallelize`, and is best made from a checkpoint that is only opened, so that nobody holds the chat model."""
+
+    def fill(model: RewardModel) -> None:
+        copy_weights(chat, model)
+        model.init_heads(seed)
+
+    with torch.random.fork_rng(devices=[]):  # modules draw when they are made
+        return build(lambda: RewardModel(chat.config, evidence), fill, parallel.current(), bf16=bf16, compile=compile)
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[dict], answer: str | Sequence[int], limit: int, finished: bool = True) -> tuple[list[int], int] | None:
@@ -122,6 +135,17 @@ def encode(tokenizer: Tokenizer, messages: Sequence[dict], answer: str | Sequenc
         del messages[first : first + 2]
 
 
+def encode_pair(tokenizer: Tokenizer, pair: Pair, limit: int) -> tuple[tuple[list[int], int], tuple[list[int], int]] | None:
+    """`encode` of both answers behind the same prompt: what the longer answer leaves no room for, the shorter does not see either. None if one of them
+    does not fit."""
+    sides = [encode(tokenizer, pair.prompt_messages, x, limit) for x in (pair.chosen, pair.rejected)]
+    if None in sides:
+        return None
+    start = min(s for _, s in sides)
+    same = [encode(tokenizer, pair.prompt_messages, x, start + len(ids) - s) for x, (ids, s) in zip((pair.chosen, pair.rejected), sides, strict=True)]
+    return same[0], same[1]
+
+
 def stack(rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
     """tokens [B,T] padded on the right with 0, starts [B] and lengths [B] of rows (tokens, start); causal attention never looks at the padding."""
     T = max(len(ids) for ids, _ in rows)
@@ -140,9 +164,9 @@ class PairBatches:
                  margin: str = "small", rank: int = 0, world: int = 1):  # fmt: skip
         self.rows, self.rank, self.world = [], rank, world
         for p in pairs:
-            a, b = (encode(tokenizer, p.prompt_messages, x, seq_len) for x in (p.chosen, p.rejected))
-            if a and b and a[0] != b[0]:
-                self.rows.append((a, b, MARGINS[margin][p.strength], p))
+            sides = encode_pair(tokenizer, p, seq_len)
+            if sides and sides[0] != sides[1]:
+                self.rows.append((*sides, MARGINS[margin][p.strength], p))
         self.dropped = len(pairs) - len(self.rows)
         if not self.rows:
             raise ValueError(f"none of {len(pairs)} pairs fits {seq_len} tokens; raise train.seq_len")
@@ -212,12 +236,13 @@ def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardMode
     mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)
     pairs = read_pairs(config.data) if pairs is None else list(pairs)
-    chat, tokenizer = checkpoint.load(config.init)
+    chat = checkpoint.opened(config.init)
+    tokenizer = chat.tokenizer
     if tokenizer is None:
         raise ValueError(f"{config.init} has no tokenizer.model; put the one it was trained with beside the weights")
     if c.seq_len > chat.config.max_seq_len:
         raise ValueError(f"train.seq_len {c.seq_len} is more than the model's max_seq_len {chat.config.max_seq_len}")
-    model = from_chat(chat, config.evidence, c.seed)
+    model = from_chat(chat, config.evidence, c.seed, bf16=c.bf16, compile=c.compile)
     mixed = mix(pairs, config.kind, c.seed)
     np.random.default_rng(c.seed).shuffle(mixed)
     # the two sides of a prompt's pairs share its text: a prompt is on one side only
@@ -257,8 +282,7 @@ def accuracy(model: RewardModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) ->
     """Share of pairs whose chosen answer has the higher reward (a tie is half), by strength and over all, each {"accuracy", "n"} (table 8)."""
     limit, rows, kept = model.config.max_seq_len, [], []
     for p in pairs:
-        both = [encode(tokenizer, p.prompt_messages, x, limit) for x in (p.chosen, p.rejected)]
-        if all(both):
+        if both := encode_pair(tokenizer, p, limit):
             rows += both
             kept.append(p)
     r = score(model, rows).view(-1, 2)
@@ -271,8 +295,7 @@ def accuracy(model: RewardModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) ->
 
 def calibration(model: RewardModel, tokenizer: Tokenizer, pairs: Sequence[Pair], bins: int = 5) -> list[dict]:
     """How often the answer with the higher reward was the chosen one, by the probability sigmoid(difference) that the model gives it."""
-    rows = [encode(tokenizer, p.prompt_messages, x, model.config.max_seq_len) for p in pairs for x in (p.chosen, p.rejected)]
-    both = [(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True) if a and b]
+    both = [sides for p in pairs if (sides := encode_pair(tokenizer, p, model.config.max_seq_len))]
     difference = score(model, [x for pair in both for x in pair]).view(-1, 2).diff(dim=1).neg()[:, 0]
     sure, right = torch.sigmoid(difference.abs()), (difference > 0).float()
     table = []

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from minillama import checkpoint, sft
+from minillama import sft
 from minillama.config import SafetyConfig, SFTConfig
 from minillama.data import sources
 from minillama.model import Llama
+from minillama.parallel import mesh as parallel
+from minillama.parallel.state import load_sampler
 from minillama.rejection import choose, draw
 from minillama.reward import Gated, encode, score
 from minillama.trainer import last_state, pick_device, write_config
@@ -76,6 +78,7 @@ def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
     Raises ValueError for prompts without an adversarial one, or models of different tokenizers.
     """
     out, c = Path(config.out), config.train
+    mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)
     if not config.safety:
         raise ValueError("safety tuning needs a safety reward model; train one with `minillama reward --kind safety` and name it with --safety")
@@ -89,20 +92,20 @@ def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
         reward = Gated(config.helpful, config.safety, device=device)
         models = []
         for path in (config.policy, config.teacher):
-            model, tokenizer = checkpoint.load(path)
+            model, tokenizer = load_sampler(path, mesh, device, c.bf16 and mesh.world > 1)
             if tokenizer is None or tokenizer.path.read_bytes() != reward.tokenizer.path.read_bytes():
                 raise ValueError(f"{path} and {config.safety} have different tokenizers")
-            models.append(model.to(device).eval())
+            models.append(model)
         drawn = [draw(m, tokenizer, prompts, reward, config.samples, config.temperature, config.max_new_tokens, c.seed + 10 * i) for i, m in enumerate(models)]
         best = [choose(a + b, "best", Random(0)) for a, b in zip(*drawn, strict=True)]
         rows = [{"messages": [*p["messages"], {"role": "assistant", "content": s["answer"]}], "reward": s["reward"], "safety": p["safety"]}
                 for p, s in zip(prompts, best, strict=True) if s]  # fmt: skip
         if config.distil:
             distilled = distil(*models, tokenizer, adversarial, reward, config)
-            sources.write_jsonl(distilled, out / "distilled.jsonl")
+            mesh.first(lambda: sources.write_jsonl(distilled, out / "distilled.jsonl"))
             rows += [{"messages": d["messages"], "reward": d["after"], "safety": True} for d in distilled if d["kept"]]
-        sources.write_jsonl(rows, selected)
+        mesh.first(lambda: sources.write_jsonl(rows, selected))
     items = [row["messages"] for spec in [selected, *config.keep] for row in sources.read(spec, kind="instruction")]
     model = sft.run(SFTConfig(init=config.policy, out=config.out, epochs=config.epochs, resume=config.resume, train=c), items)
-    write_config(config, out)
+    mesh.first(lambda: write_config(config, out))
     return model

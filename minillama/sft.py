@@ -14,13 +14,13 @@ from pathlib import Path
 
 from torch import nn
 
-from minillama import checkpoint
 from minillama.config import SFTConfig
 from minillama.data import sources
 from minillama.data.pack import Batches, Shards, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.parallel import mesh as parallel
+from minillama.parallel.state import load_sharded
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
@@ -42,7 +42,7 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     out = Path(config.out)
     mesh = parallel.start(config.train.parallel, config.train.device)
     last_state(out, config.resume)
-    model, tokenizer = checkpoint.load(config.init)
+    model, tokenizer = load_sharded(config.init, mesh, bf16=config.train.bf16, compile=config.train.compile)
     if config.tokenizer:
         tokenizer = Tokenizer(config.tokenizer)
     if tokenizer is None:

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillama import checkpoint
+from minillama._files import Tensors
 from minillama.config import TrainConfig
 from minillama.parallel import mesh as parallel
+from minillama.parallel.mesh import settle, whole
 from minillama.tokenizer import Tokenizer
 
 LossFn = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -90,11 +92,6 @@ def accumulate(model: nn.Module, micro_batches: list[dict[str, Tensor]], loss_fn
     return total / n, n
 
 
-def whole(x: Tensor) -> Tensor:
-    """A plain tensor of x, which may be split over ranks."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], loss_fn: LossFn) -> float:
     """Loss per valid token in nats over `batches`, on the model's device. Data ranks share the batches; each goes through the model equally often."""
@@ -123,7 +120,7 @@ def with_validation(
     return metrics
 
 
-def last_state(out: str | os.PathLike, resume: bool) -> tuple[int, Path, dict[str, Tensor], dict] | None:
+def last_state(out: str | os.PathLike, resume: bool) -> tuple[int, Path, Tensors, dict] | None:
     """What `checkpoint.load_state` finds in a stage's folder, None if nothing. Raises ValueError if there is something and `resume` is false: a stage
     asks before it writes anything, so that a second run does not spoil the files of the first."""
     state = checkpoint.load_state(Path(out) / "checkpoint")
@@ -252,6 +249,7 @@ def train(
                 model.eval()
                 with torch.compiler.set_stance("force_eager"), progress.paused():  # other shapes, and a cache: not worth compiling for
                     measured = evaluate(model)
+                    settle(model)
                 if mesh.rank == 0:
                     append_metrics(metrics, {"step": done, "tokens": tokens_seen, **{f"eval/{k}": v for k, v in measured.items()}})
                 model.train()
@@ -269,15 +267,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     return {f"{key}/{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave. Raises ValueError for a tensor that the model does not have."""
-    by_name = dict(model.named_parameters())
-    for key, value in tensors.items():
+@torch.no_grad()
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
+    """Put back what `optimizer_tensors` gave, in whatever way the model is split now. Raises ValueError for a tensor that the model does not have."""
+    by_name, targets = dict(model.named_parameters()), {}
+    for key in tensors:
         kind, name = key.split("/", 1)
         if name not in by_name:
             raise ValueError(f"the checkpoint's optimizer state is of a tensor {name!r} that this model does not have")
         p = by_name[name]
-        optimizer.state[p][kind] = value if kind == "step" else value.to(p.device)
+        targets[key] = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
+        optimizer.state[p][kind] = targets[key]
+    tensors.fill(targets)
 
 
 @contextmanager

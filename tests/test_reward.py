@@ -19,7 +19,7 @@ from minillama.config import MARGINS, LlamaConfig, RewardConfig, TrainConfig
 from minillama.data.preferences import STRENGTHS, Pair, read_pairs
 from minillama.data.sources import write_jsonl
 from minillama.model import Llama
-from minillama.reward import Gated, PairBatches, RewardModel, encode, gated, mix, ranking_loss, reward_loss, stack
+from minillama.reward import Gated, PairBatches, RewardModel, encode, encode_pair, gated, mix, ranking_loss, reward_loss, stack
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import accumulate
 
@@ -561,3 +561,20 @@ def test_errors_name_the_value(chat, tokenizer, tmp_path):
     for empty in (chat, str(tmp_path), str(tmp_path / "none")):
         with pytest.raises(ValueError, match="holds no reward model"):
             reward.load(empty)
+
+
+def test_both_answers_of_a_pair_stand_behind_the_same_prompt(tokenizer):
+    """Guards against a short answer that keeps more of the dialogue than the long one: the pair would be told apart by its prompts."""
+    pair = Pair([*DIALOGUE], "Of 3 boats. " * 4, "Boats.", 2)
+    whole = encode(tokenizer, pair.prompt_messages, pair.rejected, 400)
+    seen = set()
+    for limit in range(20, len(whole[0]) + 40):
+        alone_a, alone_b = (encode(tokenizer, pair.prompt_messages, x, limit) for x in (pair.chosen, pair.rejected))
+        both = encode_pair(tokenizer, pair, limit)
+        if not (alone_a and alone_b):
+            assert both is None
+            continue
+        (a, start), (b, other) = both
+        assert start == other and a[:start] == b[:start] and (a, start) == alone_a and b[start:] == alone_b[0][alone_b[1] :]
+        seen.add(alone_b[1] != start)
+    assert seen == {True, False}  # limits at which the two would have differed, and not

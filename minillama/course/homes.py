@@ -7,13 +7,14 @@ from pathlib import Path
 MODULES = {  # module -> number of the home chapter of its public classes and functions
     "tokenizer": "01", "model": "05", "checkpoint": "05", "generate": "06", "data/sources": "07", "data/clean": "07", "data/pack": "07",
     "trainer": "08", "pretrain": "08", "evaluation/perplexity": "11", "evaluation/tinyworld": "11", "chat": "12", "sft": "12", "gatt": "13",
+    "parallel/mesh": "09", "parallel/shard": "09", "parallel/state": "09", "parallel/plan": "10", "parallel/dryrun": "10", "parallel/launch": "10",
     "reward": "14", "data/preferences": "14", "rejection": "15", "ppo": "16", "safety": "17", "evaluation/alignment": "18", "evaluation/stats": "18",
 }  # fmt: skip
 SYMBOLS = {  # definitions that are taught elsewhere than the rest of their module
     "model": {"RMSNorm": "02", "FeedForward": "02", "rope_table": "03", "apply_rope": "03", "Attention": "04", "KVCache": "06",
               "next_token_loss": "08", "document_mask": "08"},
-    "config": {"TokenizerConfig": "01", "LlamaConfig": "05", "GenerateConfig": "06", "TrainConfig": "08", "PretrainConfig": "08", "SFTConfig": "12",
-               "GAttConfig": "13", "RewardConfig": "14", "RejectConfig": "15", "PPOConfig": "16", "SafetyConfig": "17"},
+    "config": {"TokenizerConfig": "01", "LlamaConfig": "05", "GenerateConfig": "06", "ParallelConfig": "09", "TrainConfig": "08", "PretrainConfig": "08",
+               "SFTConfig": "12", "GAttConfig": "13", "RewardConfig": "14", "RejectConfig": "15", "PPOConfig": "16", "SafetyConfig": "17"},
 }  # fmt: skip
 TOOLS = {"__init__", "__main__", "_files", "_huggingface", "align", "cli", "demo", "report", "course",  # taught nowhere
          "data/world", "data/gold", "data/hazards"}  # fmt: skip

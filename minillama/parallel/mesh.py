@@ -81,6 +81,13 @@ class Mesh:
         if outcome[0] is not None:
             raise outcome[0]
 
+    def told(self, x: object) -> object:
+        """What `x` is on rank 0."""
+        values = [x]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0, group=self.patient_group)
+        return values[0]
+
     def loss_parallel(self) -> AbstractContextManager:
         """Within it, a cross-entropy of logits that are split over the tensor ranks is computed where they lie; its backward pass belongs inside."""
         if self.tensor == 1:
@@ -147,3 +154,15 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _current = Mesh(ParallelConfig(shard=1))
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Put a sharded model back into shards after passes without a backward one: else its parameters are the gathered ones, to whoever looks."""
+    for part in model.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A plain tensor of x, which may be split over ranks; then all of them must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,0 +1,255 @@
+"""Checkpoints of a job: resumed on any number of ranks, read by one process, exported and imported in parts, and what a kill leaves."""
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama import checkpoint, cli, reward
+from minillama._files import open_distributed
+from minillama.config import ParallelConfig
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import state_worker as worker  # noqa: E402
+from test_parallel import torchrun  # noqa: E402
+
+TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. " * (1 + i % 4) for i in range(120)]
+RESUMED = {"fsdp4": {"shard": 4}, "fsdp2-tp2": {"shard": 2, "tensor": 2}, "hsdp": {"replicate": 2, "shard": 2}, "from-one": {"shard": 4},
+           "fsdp2": {"shard": 2}, "tp2": {"tensor": 2}, "one": {}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """A run of 4 ranks that was never stopped, and its checkpoint of step 5, resumed in every way; the same of one process."""
+    root = tmp_path_factory.mktemp("state")
+    Tokenizer.train(TEXTS, 330, root / "t.model")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    worker.run(root / "alone", ParallelConfig(), root / "half-alone")
+
+    def work(n: int, *tasks) -> None:
+        for task, _, more in tasks:
+            if task == "train" and more["out"] != "whole":
+                shutil.copytree(root / ("half-alone" if more["out"] == "from-one" else "half"), root / more["out"])
+        process = torchrun(n, str(Path(worker.__file__)), str(root), json.dumps(tasks))
+        assert process.returncode == 0, process.stderr[-4000:]
+
+    work(4, ["train", {"shard": 4}, {"out": "whole", "keep": "half"}])
+    work(4, *(["train", RESUMED[name], {"out": name}] for name in ("fsdp4", "fsdp2-tp2", "hsdp", "from-one")))
+    work(2, *(["train", RESUMED[name], {"out": name}] for name in ("fsdp2", "tp2")), ["convert", {"shard": 2}, {"source": "half"}],
+         ["convert", {"tensor": 2}, {"source": "half-alone"}], ["refuse", {"shard": 2}, {}], ["rewards", {"shard": 2}, {}])  # fmt: skip
+    shutil.copytree(root / "half", root / "one")
+    worker.run(root / "one", ParallelConfig())
+    torch.set_num_threads(threads)
+    return root
+
+
+def losses(path: Path) -> list[float]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 11))
+    return [r["loss"] for r in rows]
+
+
+def final(path: Path) -> dict:
+    return dict(checkpoint.load(path)[0].state_dict())
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_on_any_mesh_with_the_losses_of_a_run_never_stopped(jobs, name):
+    """Guards against lost optimizer state, a shifted data position, parts put together in the wrong order."""
+    whole, resumed = losses(jobs / "whole"), losses(jobs / name)
+    exact = name == "fsdp4"
+    assert resumed == whole if exact else resumed == pytest.approx(whole, abs=1e-5)
+    assert abs(whole[5] - whole[4]) > 1e-4  # steps differ, so a position off by one would show
+    a, b = final(jobs / "whole"), final(jobs / name)
+    assert a.keys() == b.keys()
+    for n in a:
+        torch.testing.assert_close(b[n], a[n], rtol=0, atol=0 if exact else 1e-5)
+
+
+def test_a_step_of_four_ranks_is_split_and_whole(jobs):
+    """Guards against a rank that gathers everything, and against optimizer state of fewer tensors than there are."""
+    folder = jobs / "half" / "checkpoint" / "step-00000005"
+    assert sorted(p.name for p in folder.iterdir()) == [".metadata", *(f"__{r}_0.distcp" for r in range(4)), "params.json", "train_state.json"]
+    sizes = [(folder / f"__{r}_0.distcp").stat().st_size for r in range(4)]
+    assert max(sizes) < 0.4 * sum(sizes)
+    names = set(open_distributed(folder))
+    own = set(Llama(worker.CONFIG).state_dict())
+    assert names == {f"model/{n}" for n in own} | {f"train/{k}/{n}" for n in own for k in ("exp_avg", "exp_avg_sq", "step")}
+    assert sorted(p.name for p in (jobs / "whole" / "checkpoint").iterdir()) == ["step-00000010"]  # older ones are gone
+
+
+def test_import_and_export_hold_no_whole_model(jobs):
+    """Bit for bit through Hugging Face's format and ours in several files, from a job's folder and from one process's. The worker asserts that a rank
+    keeps half, and that a file holds no more than it may; here, that tensors were read one at a time."""
+    for source in ("half", "half-alone"):
+        found = torch.load(jobs / f"convert{source}.pt")
+        want = final(jobs / source)
+        assert 1 <= int(found.pop("held")) <= 4 and len(found) == 3  # of 21; a permuted one has been read as another
+        for name, tensors in found.items():
+            assert all(torch.equal(tensors[n], want[n]) for n in want), name
+        for kind in ("hf", "own"):
+            folder = jobs / f"{source}-{kind}"
+            assert len(list(folder.glob("model-*.safetensors"))) > 3 and (folder / "model.safetensors.index.json").exists()
+            assert all(torch.equal(t, want[n]) for n, t in final(folder).items())
+
+
+def test_hugging_face_reads_what_ranks_exported(jobs):
+    """Guards against a permutation that is applied to a part of the heads."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(jobs / "half-hf").eval()
+    tokens = torch.arange(1, 41)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, checkpoint.load(jobs / "half")[0](tokens), rtol=0, atol=1e-5)
+
+
+def test_convert_reads_a_job_s_folder(jobs, tmp_path, capsys):
+    for kind in ("hf", "minillama"):
+        assert cli.main(["convert", "--model", str(jobs / "half"), "--to", kind, "--out", str(tmp_path / kind)]) == 0
+        want = final(jobs / "half")
+        assert all(torch.equal(t, want[n]) for n, t in final(tmp_path / kind).items())
+    assert "without tokenizer" in capsys.readouterr().out
+
+
+def test_every_rank_gets_the_same_error(jobs):
+    """Guards against a hang where one rank fails, and a step that is renamed though a rank did not write its part."""
+    first, second = torch.load(jobs / "refuse.pt")["errors"]
+    assert first == second
+    config, disk, left, file = first
+    assert re.match(r"ValueError: .*step-00000005: tok_embeddings.weight has shape \[128, 64\], expected \[128, 32\]", config)
+    assert disk.startswith("OSError: [Errno 28] rank 1 cannot write its part") and "No space left" in disk
+    assert left == str([{"n": 1}, ["step-00000001"]])
+    assert re.match(r"ValueError: .*file is a file; give a folder", file)
+
+
+def test_a_reward_model_of_ranks_is_that_of_one_process(jobs):
+    found = torch.load(jobs / "rewards.pt")
+    alone = reward.from_chat(checkpoint.load(jobs / "half")[0], True, seed=3).state_dict()
+    for tensors in (found["made"], found["loaded"], reward.load(jobs / "rm")[0].state_dict()):
+        assert tensors.keys() == alone.keys() and all(torch.equal(tensors[n], alone[n]) for n in alone)
+
+
+def test_damage_is_named(jobs, tmp_path):
+    """A folder copied in part must not be loaded in part; a list of names must not run code."""
+    folder = tmp_path / "checkpoint" / "step-00000005"
+    shutil.copytree(jobs / "half" / "checkpoint" / "step-00000005", folder)
+    os.truncate(folder / "__2_0.distcp", 1000)
+    with pytest.raises(ValueError, match="__2_0.distcp is missing or truncated; copy it again"):
+        checkpoint.load(tmp_path)
+    (folder / "__2_0.distcp").unlink()
+    with pytest.raises(ValueError, match="__2_0.distcp is missing"):
+        checkpoint.load_state(tmp_path / "checkpoint")
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match=r"\.metadata is truncated or not of a checkpoint \(it names \w+.mkdir\)"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+    (folder / ".metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\.metadata is truncated"):
+        checkpoint.load(tmp_path)
+
+
+def test_what_a_killed_save_leaves_is_not_loaded(jobs, tmp_path):
+    half = jobs / "half" / "checkpoint" / "step-00000005"
+    shutil.copytree(half, tmp_path / "step-00000005")
+    shutil.copytree(half, tmp_path / ".tmp-step-00000010")
+    assert checkpoint.load_state(tmp_path)[0] == 5
+    (tmp_path / "step-00000010").mkdir()  # a copy of a run that was cut off: the list of names comes last
+    shutil.copy(half / "__0_0.distcp", tmp_path / "step-00000010")
+    assert checkpoint.load_state(tmp_path)[0] == 5
+
+
+# ------------------------------------------------------------------------------------------------------------ the CLI
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """Arguments of a small pretraining, and its losses and weights where nobody stops it."""
+    root = tmp_path_factory.mktemp("stage")
+    (root / "text.txt").write_text("\n\n".join(TEXTS))
+    Tokenizer.train(TEXTS, 330, root / "t.model")
+    model = {"dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "multiple_of": 8, "max_seq_len": 64}
+    args = ["-m", "minillama", "pretrain", "--data", str(root / "text.txt"), "--tokenizer", str(root / "t.model"), "--preset", "ci",
+            "--model", json.dumps(model), "--workers", "1", "--train.batch_size", "4", "--train.seq_len", "48", "--train.lr", "0.01",
+            "--train.warmup_steps", "2", "--train.log_every", "1", "--train.save_every", "3", "--train.steps", "40", "--train.device", "cpu"]  # fmt: skip
+    done = torchrun(2, *args, "--out", str(root / "whole"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root, args
+
+
+def test_wrong_requests_end_on_every_rank_with_the_numbers(stage, tmp_path):
+    """Guards against one rank that stops and others that wait for it."""
+    root, args = stage
+    (tmp_path / "other").mkdir()
+    shutil.copytree(root / "whole" / "checkpoint", tmp_path / "other" / "checkpoint")
+    small = args[args.index("--model") + 1].replace('"dim": 24', '"dim": 12')
+    for more, expected in [
+        (["--train.parallel.shard", "3"], "replicate 1 x shard 3 x tensor 1 does not make the 2 ranks"),
+        (["--train.parallel.tensor", "2", "--model", small.replace('"n_kv_heads": 2', '"n_kv_heads": 1')], "tensor 2 does not divide n_kv_heads 1"),
+        (["--train.batch_size", "1"], r"batch\D* 1 .*\b2\b"),
+        (["--model", small, "--out", str(tmp_path / "other"), "--resume", "true"], r"tok_embeddings.weight has shape \[330, 24\], expected \[330, 12\]"),
+        ([], "already holds a checkpoint of step 40"),
+    ]:
+        began = time.monotonic()
+        done = torchrun(2, *args, "--out", str(root / "whole" if not more else tmp_path / "out"), *more, timeout=100)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("minillama: ")]
+        assert lines and len(lines) <= 2 and all(re.search(expected, line) for line in lines), done.stderr
+        codes = re.findall(r"exitcode +: (-?\d+)", done.stderr)
+        assert codes and set(codes) <= {"2", "-15"} and "2" in codes and time.monotonic() - began < 60, done.stderr
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_rank_ends_the_job_and_loses_only_steps_since_the_last_save(stage, tmp_path):
+    """Guards against ranks that wait for a dead one, a half-written step that counts, and a resumed run that differs. Bit for bit."""
+    import subprocess
+
+    root, args = stage
+    rng, out = random.Random(1), tmp_path / "out"
+    for victim in (0, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *args, "--out", str(out), "--resume", "true"]
+        with open(tmp_path / f"log{victim}", "w") as log:
+            job = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        metrics, target = out / "metrics.jsonl", rng.randint(4, 15) + 18 * victim
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= target) and time.monotonic() < deadline and job.poll() is None:
+            time.sleep(0.005)
+        os.kill(rank_pids(job.pid)[victim], signal.SIGKILL)
+        began = time.monotonic()
+        assert job.wait(timeout=60) != 0 and time.monotonic() - began < 60
+        text = (tmp_path / f"log{victim}").read_text()
+        assert re.search(rf"rank +: {victim} .*\n.*exitcode +: -9", text) and "Signal 9" in text, text
+        saved = checkpoint.load_state(out / "checkpoint")[0]
+        seen = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if line.endswith("}")]
+        assert saved % 3 == 0 and saved >= max(seen) - 3
+    done = torchrun(2, *args, "--out", str(out), "--resume", "true")
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = lambda p: [json.loads(line)["loss"] for line in (p / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
+    assert read(out) == read(root / "whole") and len(read(out)) == 40
+    assert all(torch.equal(t, final(root / "whole")[n]) for n, t in final(out).items())
+
+
+def rank_pids(parent: int) -> list[int]:
+    """Process ids of torchrun's ranks, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == parent:
+                env = dict(x.split("=", 1) for x in (path / "environ").read_text().split("\0") if "=" in x)
+                found[int(env["RANK"])] = int(path.name)
+        except (OSError, KeyError, IndexError):
+            continue
+    return [found[r] for r in sorted(found)]
