@@ -63,16 +63,12 @@ def strike(argv: list[str], out: Path, log: Path, rng: random.Random, ranks: int
     """Start the job, kill a rank some steps later (`saving`: while a step's hidden folder is there), and see."""
     from minillama import checkpoint
 
-    before = checkpoint.load_state(out / "checkpoint")
-    start = before[0] if before else 0
-    victim, target = rng.randrange(ranks), start + rng.randint(1, 2 * SAVE_EVERY)
+    # beyond what earlier starts reached: their lines are in the file until the job drops those after its checkpoint
+    victim, target = rng.randrange(ranks), max((r["step"] for r in records(out)), default=0) + rng.randint(1, 2 * SAVE_EVERY)
     with open(log, "w") as f:
         job = subprocess.Popen(argv, stdout=f, stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and job.poll() is None:  # a resumed run first drops what was logged after its checkpoint
-        rows = records(out)
-        if rows and rows[-1]["step"] >= target and f" {start}/" not in log.read_text()[-200:]:
-            break
+    while time.monotonic() < deadline and job.poll() is None and not any(r["step"] >= target for r in records(out)[-1:]):
         time.sleep(0.002)
     while saving and time.monotonic() < deadline and job.poll() is None and not list((out / "checkpoint").glob(".tmp-step-*")):
         pass
@@ -99,7 +95,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root)
-        steps = 2 * SAVE_EVERY * (a.kills + 2)
+        steps = 3 * SAVE_EVERY * (a.kills + 2)
         subprocess.run(command(root, root / "whole", a.ranks, steps), check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         print(f"{'kill':>4} {'rank':>4} {'at step':>7} {'half a save':>11} {'ended after':>11} {'status':>6} {'saved':>5} {'lost':>4}  torchrun says")
         for i in range(a.kills):

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import time
 
 
 def info(argv: list[str]) -> int:
@@ -373,7 +374,8 @@ def dryrun(argv: list[str]) -> int:
     from minillama.parallel.dryrun import rehearse
 
     r = rehearse(llama, a.gpus, parallel, micro_batch=a.micro_batch, accumulation=a.accumulation, rank=a.rank, bf16=not a.fp32)
-    print(json.dumps({"preset": a.preset, "n_params": llama.n_params(), **r.to_json()}) if a.json else r)
+    asked = {"seq_len": llama.max_seq_len, "micro_batch": a.micro_batch, "accumulation": a.accumulation}
+    print(json.dumps({"preset": a.preset, "n_params": llama.n_params(), **asked, **r.to_json()}) if a.json else r)
     return 0
 
 

@@ -31,6 +31,7 @@ from minillama._files import Tensors
 from minillama.config import TrainConfig
 from minillama.parallel import mesh as parallel
 from minillama.parallel.mesh import settle, whole
+from minillama.parallel.plan import GPUS
 from minillama.tokenizer import Tokenizer
 
 LossFn = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -140,30 +141,32 @@ def _compiled(loss_fn: LossFn) -> LossFn:
 class _Progress:
     """What a run says of itself: a bar in a terminal, or lines where there is none, and metrics.jsonl."""
 
-    def __init__(self, metrics: Path, config: TrainConfig, start: int, label: str, speaks: bool):
-        self.metrics, self.c, self.start, self.label, self.speaks = metrics, config, start, label, speaks
+    def __init__(self, metrics: Path, config: TrainConfig, start: int, label: str, speaks: bool, watch: Callable[[float], dict[str, float]]):
+        self.metrics, self.c, self.start, self.label, self.speaks, self.watch = metrics, config, start, label, speaks, watch
         self.bar = tqdm(total=config.steps, initial=start, desc=label, unit="step", file=sys.stdout, dynamic_ncols=True, mininterval=1.0,
                         disable=None if speaks else True)  # fmt: skip
         self.began = self.window = time.monotonic()
-        self.tokens = 0  # since `window`, for the rate
+        self.tokens, self.steps = 0, 0  # since `window`, for the rate
 
     def step(self, done: int, loss: float, norm: float, lr: float, n: int, tokens_seen: int) -> None:
         """Note a step of n tokens; every log_every steps, and at the end, say so."""
         c, now = self.c, time.monotonic()
         if not self.speaks:
             return
-        self.tokens += n
+        self.tokens, self.steps = self.tokens + n, self.steps + 1
         self.bar.update()
         if done % c.log_every and done < c.steps:
             return
-        rate = self.tokens / max(1e-9, now - self.window)
-        self.window, self.tokens = now, 0
-        text = f"loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s"
+        seconds = max(1e-9, now - self.window)
+        rate, watched = self.tokens / seconds, self.watch(seconds / self.steps)
+        self.window, self.tokens, self.steps = now, 0, 0
+        text = " ".join([f"loss {loss:.3f} norm {norm:.2f} lr {lr:.1e} {rate:,.0f} tok/s", *(f"{k} {v:.3g}" for k, v in watched.items())])
         self.bar.set_postfix_str(text)
         if self.bar.disable and (done % (10 * c.log_every) == 0 or done == c.steps):
             eta = (now - self.began) / (done - self.start) * (c.steps - done)
             print(f"{self.label} {done}/{c.steps} {text} ETA {eta:.0f} s", flush=True)
-        append_metrics(self.metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "tok_s": rate})
+        append_metrics(self.metrics, {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens_seen, "rows": done * c.batch_size,
+                                      "tok_s": rate, **watched})  # fmt: skip
 
     def skipped(self, done: int, what: str) -> None:
         """Note a step that was not taken."""
@@ -178,6 +181,24 @@ class _Progress:
         began = time.monotonic()
         yield
         self.window += time.monotonic() - began
+
+
+def _watch(model: nn.Module, c: TrainConfig, device: torch.device, world: int) -> Callable[[float], dict[str, float]]:
+    """What to note of a step of so many seconds in a job of several ranks or on a GPU: tok_s_rank, the tokens of rows of full length that a rank
+    takes a second; on a GPU peak_gib, the most memory that this rank's tensors had, and, of a Llama on a known type, mfu = tok_s_rank *
+    LlamaConfig.flops_per_token(seq_len) / the peak in bf16."""
+    per_token = model.config.flops_per_token(c.seq_len) if hasattr(model, "config") else 0.0
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    peak = next((gpu.tflops * 1e12 for kind, gpu in GPUS.items() if kind.split("-")[0] in name), 0.0)
+
+    def watch(seconds: float) -> dict[str, float]:
+        rate = c.batch_size * c.seq_len / seconds / world
+        watched = {"tok_s_rank": rate} if world > 1 or name else {}
+        if name:
+            watched["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        return watched | ({"mfu": rate * per_token / peak} if peak and per_token else {})
+
+    return watch
 
 
 def train(
@@ -225,7 +246,7 @@ def train(
         tensors = optimizer_tensors(optimizer, model)
         checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen, "average": average}, tokenizer, keep=0)
 
-    progress = _Progress(metrics, c, start, label, mesh.rank == 0)
+    progress = _Progress(metrics, c, start, label, mesh.rank == 0, _watch(model, c, device, mesh.world))
     with stop_signals() as stop, progress.bar:
         for step in range(start, c.steps):
             lr = learning_rate(step, c)

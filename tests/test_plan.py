@@ -12,7 +12,9 @@ from minillama.config import LlamaConfig, ParallelConfig
 from minillama.model import Llama
 from minillama.parallel.plan import GIB, GPUS, KINDS, memory, padded, plan, seconds, shapes, traffic
 
-TABLE2 = {"llama2-7b": (184_320, 400, 31.22), "llama2-13b": (368_640, 400, 62.44), "llama2-34b": (1_038_336, 350, 153.90), "llama2-70b": (1_720_320, 400, 291.42)}
+# GPU-hours, watts, tonnes of carbon
+TABLE2 = {"llama2-7b": (184_320, 400, 31.22), "llama2-13b": (368_640, 400, 62.44), "llama2-34b": (1_038_336, 350, 153.90),
+          "llama2-70b": (1_720_320, 400, 291.42)}  # fmt: skip
 TINY = LlamaConfig(dim=192, n_layers=4, n_heads=12, n_kv_heads=4, vocab_size=1008, multiple_of=32, max_seq_len=256)  # 4 kv heads, 3 queries each
 C70 = LlamaConfig.preset("llama2-70b")
 
@@ -75,9 +77,9 @@ def test_memory_and_traffic_are_the_rehearsals(case):
     total = sum(seen.values())
     assert all(abs(ours[kind] - seen[kind]) < 0.01 * total for kind in KINDS), (ours, seen)
     assert abs(sum(ours.values()) / total - 1) < 0.005
-    for key, entry in traffic(TINY, p, rows, T, times).items():
-        assert moved[key] == entry, key
-    assert {kind for kind, dim in moved if dim in ("shard", "replicate", "tensor")} <= {kind for kind, _ in traffic(TINY, p, rows, T, times)}
+    planned = traffic(TINY, p, rows, T, times)
+    assert {key: moved[key] for key in planned} == planned
+    assert {key for key in moved if key not in planned and key[0] != "all_reduce"} == set()  # sums of scalars are left out
 
 
 @pytest.mark.parametrize("gpus", [512, 2048])
@@ -176,8 +178,9 @@ def test_json(capsys):
 @pytest.mark.parametrize("args, numbers", [
     ("llama2-70b --gpus 512 --tensor 3", ("3", "512")), ("llama2-70b --gpus 512 --replicate 2 --shard 64 --tensor 8", ("2", "64", "8", "512")),
     ("llama2-70b --gpus 512 --tensor 16", ("16", "n_kv_heads 8")), ("llama2-70b --gpus 512 --batch 32", ("32", "64")),
-    ("llama2-7b --gpus 8 --tensor 1 --batch 4", ("4", "8")), ("llama2-7b --gpus 7 --batch 3", ("3", "7")), ("llama2-7b --gpus 8 --gpu b200", ("b200", "a100-80gb")),
-    ("llama3 --gpus 8", ("llama3", "llama2-7b")), ("llama2-7b --gpus 0", ("gpus", "0")), ("llama2-7b --gpus 8 --batch 8 --micro-batch 2", ("2", "1", "8")),
+    ("llama2-7b --gpus 8 --tensor 1 --batch 4", ("4", "8")), ("llama2-7b --gpus 7 --batch 3", ("3", "7")),
+    ("llama2-7b --gpus 8 --gpu b200", ("b200", "a100-80gb")), ("llama3 --gpus 8", ("llama3", "llama2-7b")), ("llama2-7b --gpus 0", ("gpus", "0")),
+    ("llama2-7b --gpus 8 --batch 8 --micro-batch 2", ("2", "1", "8")),
     ("llama2-7b --gpus 8 --stage dpo", ("dpo", "ppo")), ("llama2-7b --gpus 8 --watts 900", ("900", "400")), ("llama2-7b --gpus 8 --tensor 0", ("0",)),
     ("llama2-7b --gpus 8 --seq-len -1", ("-1",)), ("llama2-7b --gpus x", ("x",)), ("llama2-7b", ("--gpus",)), ("llama2-7b --gpus 8 --tokens 0", ("0",)),
 ])  # fmt: skip

@@ -14,8 +14,9 @@ LEVELS = [
     {"pretrain", "sft", "gatt", "reward", "rejection", "ppo", "safety", "evaluation"},
     {"demo", "align", "report", "cli", "serve", "course", "__main__"},
 ]
-ALLOWED = {("chat", "tokenizer"), ("checkpoint", "_huggingface"), ("trainer", "checkpoint"), ("trainer", "parallel"), ("generate", "parallel"), ("parallel", "trainer"), ("rejection", "sft"),
-           ("rejection", "reward"), ("ppo", "reward"), ("gatt", "sft"), ("safety", "sft"), ("safety", "rejection"), ("safety", "reward"),
+ALLOWED = {("chat", "tokenizer"), ("checkpoint", "_huggingface"), ("trainer", "checkpoint"), ("trainer", "parallel"), ("generate", "parallel"),
+           ("checkpoint", "parallel"), ("parallel", "trainer"), ("parallel", "checkpoint"),  # a sharded checkpoint; a rehearsal of the trainer's step
+           ("rejection", "sft"), ("rejection", "reward"), ("ppo", "reward"), ("gatt", "sft"), ("safety", "sft"), ("safety", "rejection"), ("safety", "reward"),
            ("evaluation", "reward"), ("evaluation", "gatt"), ("demo", "report"), ("demo", "align"), ("cli", "demo"), ("cli", "report"),
            ("course", "demo"), ("course", "cli"), ("__main__", "cli")}  # fmt: skip
 

@@ -91,15 +91,29 @@ WRONG = {
         _but(_BILL, ("    W = 1\n", "    W = 2\n"), ("        return 1\n", "        return 2\n")),  # never one rank
         _but(_BILL, ("n_params, stage, W) > capacity", "n_params, stage, W) >= capacity")),
         _but(_BILL, ("    if kept >= capacity:\n        return None\n", "    if kept > capacity:\n        return None\n    W = 4000\n"), ("    W = 1\n", "")),
-        _but(_BILL, ("    W = 1\n    while state_bytes(n_params, stage, W) > capacity:\n        W += 1\n    return W\n",
-                     "    return math.ceil(16.0 * n_params / capacity)\n")),  # as if all were cut
-        _but(_BILL, ("    W = 1\n    while state_bytes(n_params, stage, W) > capacity:\n        W += 1\n",
-                     "    W = 1\n    while state_bytes(n_params, stage, W) > capacity:\n        W *= 2\n")),  # powers of two
+        _but(
+            _BILL,
+            (
+                "    W = 1\n    while state_bytes(n_params, stage, W) > capacity:\n        W += 1\n    return W\n",
+                "    return math.ceil(16.0 * n_params / capacity)\n",
+            ),
+        ),  # as if all were cut
+        _but(
+            _BILL,
+            (
+                "    W = 1\n    while state_bytes(n_params, stage, W) > capacity:\n        W += 1\n",
+                "    W = 1\n    while state_bytes(n_params, stage, W) > capacity:\n        W *= 2\n",
+            ),
+        ),  # powers of two
     ],
     "t2": [
         "def tree(rank, world, x, root):\n    return (yield from star(rank, world, x, root))\n",  # right, in W - 1 rounds
-        _but(_TREE, ("(rank - root) % world, 1", "rank, 1"), ("(me + reach + root) % world", "(me + reach) % world"),
-             ("(me - reach + root) % world", "(me - reach) % world")),  # root 0 only
+        _but(
+            _TREE,
+            ("(rank - root) % world, 1", "rank, 1"),
+            ("(me + reach + root) % world", "(me + reach) % world"),
+            ("(me - reach + root) % world", "(me - reach) % world"),
+        ),  # root 0 only
         _but(_TREE, (" and me + reach < world", "")),  # powers of two only
         _but(_TREE, ("(me + reach + root) % world", "me + reach"), ("(me - reach + root) % world", "me - reach")),  # forgets to number back
         _but(_TREE, ("(rank - root) % world", "(rank + root) % world")),
@@ -137,33 +151,65 @@ WRONG = {
     ],
     "t3": [
         "def clipped_pieces(gradients, tokens, max_norm):\n    return buggy_pieces(gradients, tokens, max_norm)\n",
-        _but(_PIECES, ("[p / count for p in reduce_scatter([F.pad(g, (0, -len(g) % W)) for g in gradients])]",
-                       "[p / W for p in reduce_scatter([F.pad(g / max(1, n), (0, -len(g) % W)) for g, n in zip(gradients, tokens)])]")),  # mean of means
+        _but(
+            _PIECES,
+            (
+                "[p / count for p in reduce_scatter([F.pad(g, (0, -len(g) % W)) for g in gradients])]",
+                "[p / W for p in reduce_scatter([F.pad(g / max(1, n), (0, -len(g) % W)) for g, n in zip(gradients, tokens)])]",
+            ),
+        ),  # mean of means
         _but(_PIECES, ("[p / count for p in", "[p / count / W for p in")),  # averaged once too often
         _but(_PIECES, ("[p / count for p in", "[p / W for p in")),  # per rank, not per token
         # each rank divides its piece by its own tokens
-        _but(_PIECES, ("    pieces = [p / count for p in reduce_scatter(", "    pieces = [p / max(1, n) for n, p in zip(tokens, reduce_scatter("),
-             ("for g in gradients])]", "for g in gradients]))]")),
-        _but(_PIECES, ("    scale = min(1.0, max_norm / norm) if norm else 1.0\n    return [p * scale for p in pieces], norm",
-                       "    return [p * min(1.0, max_norm / (float(p.norm()) or 1.0)) for p in pieces], norm")),  # local clip
-        _but(_PIECES, ("    norm = sum(float(p.double().square().sum()) for p in pieces) ** 0.5", "    norm = sum(float(p.norm()) for p in pieces)")),  # norms added
+        _but(
+            _PIECES,
+            ("    pieces = [p / count for p in reduce_scatter(", "    pieces = [p / max(1, n) for n, p in zip(tokens, reduce_scatter("),
+            ("for g in gradients])]", "for g in gradients]))]"),
+        ),
+        _but(
+            _PIECES,
+            (
+                "    scale = min(1.0, max_norm / norm) if norm else 1.0\n    return [p * scale for p in pieces], norm",
+                "    return [p * min(1.0, max_norm / (float(p.norm()) or 1.0)) for p in pieces], norm",
+            ),
+        ),  # local clip
+        _but(
+            _PIECES, ("    norm = sum(float(p.double().square().sum()) for p in pieces) ** 0.5", "    norm = sum(float(p.norm()) for p in pieces)")
+        ),  # norms added
         _but(_PIECES, ("    norm = sum(float(p.double().square().sum()) for p in pieces) ** 0.5", "    norm = max(float(p.norm()) for p in pieces)")),
-        _but(_PIECES, ("    norm = sum(float(p.double().square().sum()) for p in pieces) ** 0.5",
-                       "    norm = (sum(float(p.double().square().sum()) for p in pieces) / W) ** 0.5")),  # mean of squares
+        _but(
+            _PIECES,
+            (
+                "    norm = sum(float(p.double().square().sum()) for p in pieces) ** 0.5",
+                "    norm = (sum(float(p.double().square().sum()) for p in pieces) / W) ** 0.5",
+            ),
+        ),  # mean of squares
         _but(_PIECES, ("min(1.0, max_norm / norm) if norm else 1.0", "max_norm / norm if norm else 1.0")),  # small gradients blown up
-        _but(_PIECES, ("[p / count for p in reduce_scatter([F.pad(g, (0, -len(g) % W)) for g in gradients])]",
-                       "list((torch.stack(gradients).sum(0) / count).chunk(W))")),  # chunk's lengths
-        _but(_PIECES, ("[p / count for p in reduce_scatter([F.pad(g, (0, -len(g) % W)) for g in gradients])]",
-                       "[p / count for p in torch.stack(gradients).sum(0).tensor_split(W)]")),  # lengths that differ by one
+        _but(
+            _PIECES,
+            ("[p / count for p in reduce_scatter([F.pad(g, (0, -len(g) % W)) for g in gradients])]", "list((torch.stack(gradients).sum(0) / count).chunk(W))"),
+        ),  # chunk's lengths
+        _but(
+            _PIECES,
+            (
+                "[p / count for p in reduce_scatter([F.pad(g, (0, -len(g) % W)) for g in gradients])]",
+                "[p / count for p in torch.stack(gradients).sum(0).tensor_split(W)]",
+            ),
+        ),  # lengths that differ by one
         _but(_PIECES, ("F.pad(g, (0, -len(g) % W))", "F.pad(g, (-len(g) % W, 0))")),  # padded in front
         _but(_PIECES, ("F.pad(g, (0, -len(g) % W))", "F.pad(g, (0, W - len(g) % W))")),  # a full row too many where W divides
-        _but(_PIECES, ("    if not count:\n        raise ValueError(\"no token\")\n", "    count = max(1, count)\n")),
+        _but(_PIECES, ('    if not count:\n        raise ValueError("no token")\n', "    count = max(1, count)\n")),
         _but(_PIECES, ("    return [p * scale for p in pieces], norm", "    return [p * scale for p in pieces], norm * scale")),  # the norm afterwards
         _but(_PIECES, (" if norm else 1.0", "")),  # 0 / 0
         _but(_PIECES, ("    norm = sum(float(p.double()", "    pieces = [p.clamp(-max_norm, max_norm) for p in pieces]\n    norm = sum(float(p.double()")),
         # the gradients are clipped before they are added
-        _but(_PIECES, ("F.pad(g, (0, -len(g) % W)) for g in gradients", "F.pad(g * min(1.0, max_norm * max(1, n) / (float(g.norm()) or 1.0)), "
-                       "(0, -len(g) % W)) for g, n in zip(gradients, tokens)")),
+        _but(
+            _PIECES,
+            (
+                "F.pad(g, (0, -len(g) % W)) for g in gradients",
+                "F.pad(g * min(1.0, max_norm * max(1, n) / (float(g.norm()) or 1.0)), (0, -len(g) % W)) for g, n in zip(gradients, tokens)",
+            ),
+        ),
     ],
     "t4": [
         "def keep_mask(seed, step, first, last, width, keep):\n    return buggy_mask(seed, step, first, last, width, keep)\n",
@@ -179,7 +225,7 @@ WRONG = {
         _but(_MASK, ('crc32(f"{seed}:{step}".encode())', "step")),  # the same for all seeds
         _but(_MASK, ("torch.rand(last, width, generator=g) < keep)[first:]", "torch.rand(last - first, width, generator=g) < keep)")),  # ranks alike
         _but(_MASK, ("    g = torch.Generator().manual_seed(", "    g = None\n    torch.manual_seed(")),  # touches the global state
-        _but(_MASK, ("    g = torch.Generator().manual_seed(crc32(f\"{seed}:{step}\".encode()))\n", "    g = None\n")),  # whatever the state is
+        _but(_MASK, ('    g = torch.Generator().manual_seed(crc32(f"{seed}:{step}".encode()))\n', "    g = None\n")),  # whatever the state is
         _but(_MASK, ("< keep)", "> keep)")),  # drops what it should keep
         _but(_MASK, ("(torch.rand(last, width, generator=g) < keep)[first:]", "(torch.rand(last, width, generator=g) < keep)[first:].float()")),
         _but(_MASK, ("(torch.rand(last, width, generator=g) < keep)[first:]", "(torch.rand(last, 1, generator=g) < keep)[first:].expand(-1, width)")),
@@ -193,10 +239,17 @@ WRONG = {
         _but(_TAKE, ("cursor + n\n", "cursor + len(positions)\n")),  # its own rows only
         _but(_TAKE, ("cursor + n\n", "(cursor + n) % n_rows\n")),  # forgets the epoch
         _but(_TAKE, ("range(cursor + n * rank // world, cursor + n * (rank + 1) // world)", "range(cursor + rank, cursor + n, world)")),  # every W-th
-        _but(_TAKE, ("range(cursor + n * rank // world, cursor + n * (rank + 1) // world)",
-                     "range(cursor + n // world * rank, cursor + n // world * (rank + 1))")),  # the remainder is lost
-        _but(_TAKE, ("range(cursor + n * rank // world, cursor + n * (rank + 1) // world)",
-                     "range(cursor + -(-n // world) * rank, cursor + min(n, -(-n // world) * (rank + 1)))")),  # other shares than asked
+        _but(
+            _TAKE,
+            ("range(cursor + n * rank // world, cursor + n * (rank + 1) // world)", "range(cursor + n // world * rank, cursor + n // world * (rank + 1))"),
+        ),  # the remainder is lost
+        _but(
+            _TAKE,
+            (
+                "range(cursor + n * rank // world, cursor + n * (rank + 1) // world)",
+                "range(cursor + -(-n // world) * rank, cursor + min(n, -(-n // world) * (rank + 1)))",
+            ),
+        ),  # other shares than asked
         _but(_TAKE, ("orders[p // n_rows][p % n_rows] for p", "order(0)[p % n_rows] for p")),  # each epoch alike
         _but(_TAKE, ("orders[p // n_rows][p % n_rows] for p", "order(cursor // n_rows)[p % n_rows] for p")),  # the batch across the border
         _but(_TAKE, ("orders[p // n_rows][p % n_rows] for p", "p % n_rows for p")),  # not shuffled
