@@ -211,7 +211,7 @@ def test_wrong_requests_end_on_every_rank_with_the_numbers(stage, tmp_path):
         done = run(command(out, *more))
         lines = [line for line in done.stderr.splitlines() if line.startswith("minillama: ")]
         assert len(lines) == 2 and all(re.search(expected, line) for line in lines), done.stderr  # one of each rank
-        assert "Traceback" not in done.stderr and time.monotonic() - began < 60
+        assert "minillama/cli.py" not in done.stderr and time.monotonic() - began < 60  # the one traceback is torchrun's own
         codes = re.findall(r"exitcode +: (-?\d+)", done.stderr)
         assert "2" in codes and set(codes) <= {"2", "-15"}, done.stderr  # torchrun may end one that waits for the other to say its line
 
