@@ -25,7 +25,7 @@ def draw(r: random.Random) -> tuple:
     """(preset, overrides, ranks, ParallelConfig, rows, tokens, micro-batches) of a rehearsal."""
     name = r.choice(list(PAPER))
     overrides = {"n_layers": r.randint(4, 12), "vocab_size": r.choice((32_000, 32_000, 128_256))}
-    tensor, replicate, shard = r.choice((1, 1, 2, 4, 8)), r.choice((1, 1, 1, 2, 4)), r.choice((1, 2, 8, 12, 32, 64, 256))
+    tensor, replicate, shard = r.choice((1, 1, 2, 4, 8)), r.choice((1, 1, 1, 2, 4)), r.choice((1, 2, 4, 8, 12, 32, 64, 256))
     shard += replicate * shard * tensor == 1  # a job of one is not sharded at all
     p = ParallelConfig(replicate, shard, tensor, r.choice(("none", "full")), r.random() < 0.85)
     return name, overrides, replicate * shard * tensor, p, r.choice((1, 1, 2, 4)), r.choice((1024, 2048, 4096)), r.choice((1, 1, 1, 2))

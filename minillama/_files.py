@@ -73,21 +73,27 @@ class Tensors(Mapping[str, Tensor]):
 
 def open_safetensors(files: list[Path]) -> Tensors:
     """The tensors of safetensors files. Raises ValueError where one is missing, damaged, or repeats a tensor of another."""
-    where: dict[str, Any] = {}
+    where: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is missing: the checkpoint is incomplete; copy it again")
         try:
-            f = safe_open(file, "pt")
+            with safe_open(file, "pt") as f:
+                found = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
         except SafetensorError as e:
             fix = "copy it again, or delete its folder to go on from an older one"
             raise ValueError(f"{file} is truncated or not a safetensors file ({e}); {fix}") from None
-        for name in f.keys():
+        for name, shape in found.items():
             if name in shapes:
-                raise ValueError(f"{file} repeats the tensor {name} of shape {list(shapes[name])} of another file in the folder")
-            shapes[name], where[name] = tuple(f.get_slice(name).get_shape()), f
-    return Tensors(shapes, lambda name: where[name].get_tensor(name).clone())  # what get_tensor gives changes when the file does
+                raise ValueError(f"{file} repeats the tensor {name} of shape {list(shape)} of another file in the folder")
+            shapes[name], where[name] = shape, file
+
+    def read(name: str) -> Tensor:
+        with safe_open(where[name], "pt") as f:  # opened for each tensor: the file is mapped, and what was read of it would stay in memory
+            return f.get_tensor(name).clone()  # what get_tensor gives changes when the file does
+
+    return Tensors(shapes, read)
 
 
 class _Metadata(pickle.Unpickler):

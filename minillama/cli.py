@@ -70,7 +70,8 @@ def _training(verb: str, module: str, config: str, text: str, after: str):
 
         c, _ = _config(getattr(import_module("minillama.config"), config), verb, argv)
         import_module(f"minillama.{module}").run(c)
-        print(f"saved in {c.out}; {after.format(out=c.out)}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"saved in {c.out}; {after.format(out=c.out)}")
         return 0
 
     run.__doc__ = text
@@ -480,7 +481,10 @@ def _line(e: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"minillama: {message}", file=sys.stderr, flush=True)
-    if status == 2 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    job = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    who = f"rank {os.environ.get('RANK')}: " if job and status == 1 else ""  # a wrong request is the same on all
+    sys.stderr.write(f"minillama: {who}{message}\n")  # at once, or lines of several ranks would mix
+    sys.stderr.flush()
+    if job and status == 2:
         time.sleep(2)  # torchrun ends the other ranks as soon as one is gone: let each say what is wrong
     return status

@@ -198,7 +198,7 @@ class TrainConfig:
     compile: bool = False
     """Compile with torch.compile, on a CPU the whole step, else block by block: pays off after minutes on a CPU, where it needs a C++ compiler (assumed)."""
     bf16: bool = False
-    """Compute in bf16 where the device is good at it (a GPU); refused on a CPU, where it is slower (paper: bf16)."""
+    """Compute in bf16 where the device is good at it (a GPU); refused on a CPU, where it is slower (assumed: the paper does not name the type)."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best present (assumed)."""
     bad_step: str = "stop"
@@ -438,7 +438,7 @@ class PPOConfig:
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best present (assumed)."""
     bf16: bool = False
-    """Compute in bf16 on the ranks of a torchrun job's GPUs (paper: bf16)."""
+    """Compute in bf16 on the ranks of a torchrun job's GPUs (assumed: the paper does not name the type)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the ranks of a torchrun job share the work."""
     resume: bool = False

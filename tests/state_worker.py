@@ -135,6 +135,8 @@ def main() -> None:
         p = ParallelConfig(**degrees)
         parallel.use(parallel.make(p, CONFIG))
         if task == "train":
+            if "start" in more:
+                parallel.current().first(lambda more=more: shutil.copytree(root / more["start"], root / more["out"]))
             run(root / more["out"], p, root / more["keep"] if "keep" in more else None)
             continue
         result = {"convert": lambda source: convert(root, source), "refuse": lambda: refuse(root), "rewards": lambda: rewards(root)}[task](**more)

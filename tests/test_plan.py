@@ -57,29 +57,39 @@ def test_traffic_of_the_70b_by_hand():
     assert split["all_gather", "tensor"] == [482, 482 * stream] and split["reduce_scatter", "tensor"] == [401, 401 * stream]
 
 
-def rehearsal(case: tuple) -> tuple[dict, dict]:
+def rehearsal(cases: list[tuple]) -> list[tuple[dict, dict]]:
     from minillama.parallel.dryrun import rehearse
 
-    ranks, p, rows, T, times = case
-    r = rehearse(TINY, ranks, p, seq_len=T, micro_batch=rows, accumulation=times)
-    return r.memory, r.collectives
+    found = []
+    for llama, ranks, p, rows, T, times in cases:
+        r = rehearse(llama, ranks, p, seq_len=T, micro_batch=rows, accumulation=times)
+        found.append((r.memory, r.collectives))
+    return found
 
 
-@pytest.mark.parametrize("case", [(28, ParallelConfig(1, 28, 1, "full", False), 4, 64, 1), (8, ParallelConfig(2, 2, 2, "none"), 3, 255, 1),
-                                  (8, ParallelConfig(1, 2, 4, "full"), 1, 256, 2)], ids=["kept", "all three", "twice"])  # fmt: skip
-def test_memory_and_traffic_are_the_rehearsals(case):
-    """Within 1% by kind of the peak, and to the byte: ragged shards, a T that tensor does not divide, HSDP, accumulation. The 5% of the benchmark is for
-    sizes where a missing term hides; these are small enough that none does."""
-    with get_context("fork").Pool(1) as pool:  # a process a rehearsal: its process groups end with it
-        seen, moved = pool.apply(rehearsal, (case,))
-    ranks, p, rows, T, times = case
-    ours = memory(TINY, p, rows, T, times)[1]
-    total = sum(seen.values())
-    assert all(abs(ours[kind] - seen[kind]) < 0.01 * total for kind in KINDS), (ours, seen)
-    assert abs(sum(ours.values()) / total - 1) < 0.005
-    planned = traffic(TINY, p, rows, T, times)
-    assert {key: moved[key] for key in planned} == planned
-    assert {key for key in moved if key not in planned and key[0] != "all_reduce"} == set()  # sums of scalars are left out
+BIG = LlamaConfig(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=4096, multiple_of=32, max_seq_len=64)  # the vocabulary is most of it
+
+
+@pytest.mark.parametrize("cases", [
+    [(TINY, 28, ParallelConfig(1, 28, 1, "full", False), 4, 64, 1), (TINY, 8, ParallelConfig(1, 8, 1, "none"), 1, 64, 2), (BIG, 2, ParallelConfig(), 1, 16, 1),
+     (BIG, 4, ParallelConfig(4, 1), 1, 64, 2)],
+    [(TINY, 8, ParallelConfig(2, 2, 2, "none"), 3, 255, 1)], [(TINY, 8, ParallelConfig(1, 2, 4, "full"), 1, 256, 2)],
+], ids=["data", "all three", "twice"])  # fmt: skip
+def test_memory_and_traffic_are_the_rehearsals(cases):
+    """Within 1% and to the byte: ragged shards, gathered weights that stay, a big vocabulary, a T that tensor does not divide, HSDP, accumulation. The
+    benchmark allows 5%, of models where a missing term can hide; these are so small that none does."""
+    with get_context("fork").Pool(1) as pool:  # a process of its own: its process groups end with it
+        found = pool.apply(rehearsal, (cases,))
+    for (llama, ranks, p, rows, T, times), (seen, moved) in zip(cases, found, strict=True):
+        p = p.resolve(ranks)
+        ours, planned = memory(llama, p, rows, T, times)[1], traffic(llama, p, rows, T, times)
+        total = sum(seen.values())
+        assert sum(ours.values()) == pytest.approx(total, rel=0.01)
+        if p.shard > 1:  # alone, gradients are buffers to the meter
+            assert all(abs(ours[kind] - seen[kind]) < 0.01 * total for kind in KINDS), (ours, seen)
+        planned.pop(("all_reduce", "replicate") if p.shard == 1 else None, None)  # there the scalars go the same way
+        assert {key: moved[key] for key in planned} == planned
+        assert {key for key in moved if key not in planned and key[0] != "all_reduce"} == set()
 
 
 @pytest.mark.parametrize("gpus", [512, 2048])

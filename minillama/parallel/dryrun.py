@@ -103,6 +103,8 @@ class Meter(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and self.fake:  # half of all calls
+            return args[0].fake_device
         if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
             return NotImplemented  # these come back as operations on local tensors
         name = func._schema.name.split("::")[1]
@@ -206,7 +208,7 @@ def rehearse(
     llama: LlamaConfig, world: int, parallel: ParallelConfig, *, seq_len: int | None = None, micro_batch: int = 1, accumulation: int = 1, rank: int = 0,
     bf16: bool = True,
 ) -> Rehearsal:  # fmt: skip
-    """Two training steps of rank `rank` of `world`; what is counted is the second's: the first allocates the optimizer's state.
+    """Two training steps of rank `rank` of `world`; what is counted is the second's: the first, of one micro-batch, allocates the optimizer's state.
 
     seq_len: tokens a row (default llama.max_seq_len). micro_batch: rows a data rank takes at once, `accumulation` times a step. Raises ValueError if
     degrees, ranks and `llama` do not fit, or inside a torchrun job.
@@ -233,7 +235,7 @@ def rehearse(
             optimizer = make_optimizer(model, TrainConfig())
             tokens = torch.zeros(micro_batch, T, dtype=torch.int64)
             batches = [{"tokens": tokens, "targets": tokens} for _ in range(accumulation)]
-            for _ in range(2):
+            for micro_batches in (batches[:1], batches):
                 meter.restart()
-                step(model, optimizer, batches, bf16, meter)
+                step(model, optimizer, micro_batches, bf16, meter)
         return Rehearsal(mesh.parallel, world, rank, meter.at_peak, dict(meter.now), meter.collectives, time.monotonic() - began)

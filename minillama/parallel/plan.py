@@ -110,8 +110,11 @@ def moments(c: LlamaConfig, p: ParallelConfig, rows: int, T: int, accumulation: 
     found["first gradients sent"] = at((L - 1) * kept + x, sent + 4 * block + max(2 * block, own), 0)  # fp32 copies beside the bf16 ones or their sums
     embedding = vocab if t == 1 else 2 * c.vocab_size * D + max(a, vocab)  # split, PyTorch makes the whole table's gradient first
     found["embeddings, backward"] = at(x if t == 1 else 0, 2 * root + vocab + 4 * block + embedding, L)
-    twice = all_grads if accumulation > 1 else L * own  # the sums so far, and those of this micro-batch that copies of the model still add up
-    found["last gradients sent"] = at(0, 4 * trained + max(2 * trained, 4 * trained // p.shard), L, 0, twice + L * own * (accumulation > 1 < p.replicate))
+    grads = all_grads if accumulation > 1 else L * own  # the sums so far, and beside them those of this micro-batch that copies of the model add up
+    grads += L * own * (accumulation > 1 < p.replicate)
+    table, mine = 2 * c.vocab_size * D // t * (p.shard > 1), 4 * trained // p.shard  # the embeddings' bf16 gradient goes last, after the sums are laid out
+    rest = (2 * trained, 0) if 2 * trained > table + mine else (table, mine)
+    found["last gradients sent"] = at(0, 4 * trained + rest[0], L, 0, grads + rest[1])
     return found
 
 
