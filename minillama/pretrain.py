@@ -18,7 +18,7 @@ from minillama.data.pack import Batches, Shards, tokenised, validation_batches
 from minillama.data.world import from_spec
 from minillama.model import Llama, next_token_loss
 from minillama.parallel import mesh as parallel
-from minillama.parallel.state import load_sharded
+from minillama.parallel.state import build, load_sharded
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import last_state, train, with_validation, write_config
 
@@ -31,14 +31,14 @@ def documents(spec: str) -> Iterator[str]:
         yield from (d["text"] for d in sources.read(spec, kind="document"))
 
 
-def initialised(arch: LlamaConfig, c: TrainConfig, mesh: parallel.Mesh) -> Llama:
-    """A new model, drawn from c.seed: the same on any mesh. In a job of several ranks it is split before it has weights."""
+def initialised(arch: LlamaConfig, c: TrainConfig, mesh: parallel.Mesh, draw: bool = True) -> Llama:
+    """A new model, drawn from c.seed: the same on any mesh. In a job of several ranks it is split before it has weights, and they are only drawn if
+    `draw` says so: for a model that is resumed, that would be minutes for nothing."""
     if mesh.world == 1:
         return Llama(arch).init_weights(c.seed)
-    from minillama.parallel.shard import build
-
     parallel.start(c.parallel, c.device, arch)
-    return build(lambda: Llama(arch), lambda model: model.init_weights(c.seed), mesh, bf16=c.bf16, compile=c.compile)
+    fill = lambda model: draw and model.init_weights(c.seed)  # noqa: E731
+    return build(lambda: Llama(arch), fill, mesh, bf16=c.bf16, compile=c.compile)
 
 
 def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None) -> Llama:
@@ -48,7 +48,7 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
     """
     out, c = Path(config.out), config.train
     mesh = parallel.start(c.parallel, c.device)
-    last_state(out, config.resume)  # a folder that holds a run is refused before anything in it is written over
+    state = last_state(out, config.resume)  # a folder that holds a run is refused before anything in it is written over
     tokenizer = Tokenizer(config.tokenizer)
     if config.init:
         model = load_sharded(config.init, mesh, bf16=c.bf16, compile=c.compile)[0]
@@ -56,7 +56,7 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
             raise ValueError(f"{config.init} has {model.config.vocab_size} tokens, {config.tokenizer} {tokenizer.vocab_size}: they do not belong together")
     else:
         arch = LlamaConfig.preset(config.preset, **{"vocab_size": tokenizer.vocab_size, **config.model})
-        model = initialised(arch, c, mesh)
+        model = initialised(arch, c, mesh, draw=state is None)
     if c.seq_len > model.config.max_seq_len:
         raise ValueError(f"train.seq_len {c.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
     texts = documents(config.data) if texts is None else texts

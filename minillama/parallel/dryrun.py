@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -35,7 +35,8 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffe
 # A collective's name without namespace and overload -> its kind, and the argument whose bytes count; None is the result. Outputs of all-gathers, else inputs.
 COLLECTIVES = {
     "_allgather_base_": ("all_gather", 0), "all_gather_into_tensor": ("all_gather", None), "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "reduce_scatter_tensor": ("reduce_scatter", 0), "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0), "broadcast_": ("broadcast", 0),
+    "reduce_scatter_tensor": ("reduce_scatter", 0), "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0), "all_reduce_": ("all_reduce", 0),
+    "broadcast_": ("broadcast", 0),
     "all_to_all_single": ("all_to_all", 0), "shard_dim_alltoall": ("all_to_all", 0),
 }  # fmt: skip
 
@@ -103,7 +104,7 @@ class Meter(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default and self.fake:  # half of all calls
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # half of all calls
             return args[0].fake_device
         if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
             return NotImplemented  # these come back as operations on local tensors
@@ -120,7 +121,8 @@ class Meter(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         for t in _tensors(out):
             self._see(t, "buffers" if t.dim() < 2 else "logits" if t.shape[-1] in self.vocab else "activations")
-        if name in COLLECTIVES:
+        if func.namespace in ("c10d", "_c10d_functional", "_dtensor") and name not in ("barrier", "wait_tensor"):
+            assert name in COLLECTIVES, f"the meter does not know the collective {func}"
             self._collective(func, args, out, *COLLECTIVES[name])
         if name == "_reduce_scatter_base_":
             self.mark([args[0]], "gradients")
