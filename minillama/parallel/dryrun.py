@@ -36,8 +36,7 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffe
 COLLECTIVES = {
     "_allgather_base_": ("all_gather", 0), "all_gather_into_tensor": ("all_gather", None), "_reduce_scatter_base_": ("reduce_scatter", 1),
     "reduce_scatter_tensor": ("reduce_scatter", 0), "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0), "all_reduce_": ("all_reduce", 0),
-    "broadcast_": ("broadcast", 0),
-    "all_to_all_single": ("all_to_all", 0), "shard_dim_alltoall": ("all_to_all", 0),
+    "broadcast_": ("broadcast", 0), "all_to_all_single": ("all_to_all", 0), "shard_dim_alltoall": ("all_to_all", 0),
 }  # fmt: skip
 
 
@@ -121,17 +120,20 @@ class Meter(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         for t in _tensors(out):
             self._see(t, "buffers" if t.dim() < 2 else "logits" if t.shape[-1] in self.vocab else "activations")
-        if func.namespace in ("c10d", "_c10d_functional", "_dtensor") and name not in ("barrier", "wait_tensor"):
-            assert name in COLLECTIVES, f"the meter does not know the collective {func}"
-            self._collective(func, args, out, *COLLECTIVES[name])
+        if func.namespace in ("c10d", "_c10d_functional", "_dtensor"):
+            self._collective(func, name, args, out)
         if name == "_reduce_scatter_base_":
             self.mark([args[0]], "gradients")
         return out
 
-    def _collective(self, func, args: tuple, out, kind: str, which: int | None) -> None:
-        group = next(a for a, s in zip(args, func._schema.arguments, strict=False) if s.name in ("process_group", "group_name"))
-        name = group if isinstance(group, str) else dist.ProcessGroup.unbox(group).group_name
-        entry = self.collectives.setdefault((kind, self.groups.get(name, "world")), [0, 0])
+    def _collective(self, func, name: str, args: tuple, out) -> None:
+        group = next((a for a, s in zip(args, func._schema.arguments, strict=False) if s.name in ("process_group", "group_name")), None)
+        if group is None or name == "barrier":
+            return
+        assert name in COLLECTIVES, f"the meter does not know the collective {func}"
+        kind, which = COLLECTIVES[name]
+        where = group if isinstance(group, str) else dist.ProcessGroup.unbox(group).group_name
+        entry = self.collectives.setdefault((kind, self.groups.get(where, "world")), [0, 0])
         entry[0] += 1
         entry[1] += sum(t.nbytes for t in _tensors(out if which is None else args[which]))
 

@@ -90,7 +90,8 @@ def _padded(features: Callable[..., Tensor], t: int) -> Callable[..., Tensor]:
                 mask = F.pad(F.pad(mask, (0, more), value=False), (0, 0, 0, more), value=True)
             if positions is not None:
                 positions = F.pad(positions, (0, more))
-        return features(tokens, mask=mask, positions=positions)[:, :T]
+        out = features(tokens, mask=mask, positions=positions)
+        return out[:, :T] if more else out
 
     return padded
 
