@@ -122,6 +122,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [{"shard": 2}, {"tensor": 2}], ids=["fsdp", "tp"])
 def test_every_stage_runs_sharded_and_does_what_one_process_does(staged, degrees):
     """Guards against ranks that sample alike, score other rows, write over each other, or wait for one another for ever; and against stages that
