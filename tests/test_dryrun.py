@@ -287,3 +287,10 @@ def test_the_command_line(capsys):
     assert set(d["collectives"]["all_gather"]["by_dim"]) == {"shard", "tensor"} and "replicate" in d["collectives"]["all_reduce"]["by_dim"]
     table = str(ran(8, tensor=4))
     assert "replicate 1 x shard 2 x tensor 4" in table and "peak" in table and "all_gather, tensor" in table
+
+
+def test_a_rehearsal_forgets_the_groups_of_the_one_before():
+    """Guards against DTensor's memory of a mesh that looks alike: the second one's tensor ranks are the same numbers in another job."""
+    tiny = LlamaConfig(dim=64, n_layers=1, n_heads=8, n_kv_heads=4, vocab_size=256, multiple_of=32, max_seq_len=64)
+    first, other, again = (rehearse(tiny, 8, ParallelConfig(*d), seq_len=32).memory for d in ((1, 4, 2), (2, 2, 2), (1, 4, 2)))
+    assert first == again != other

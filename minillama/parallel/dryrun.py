@@ -189,6 +189,8 @@ def _fake_job(world: int, rank: int) -> Iterator[None]:
     finally:
         meshes.stop()
         _sharding_prop.detect_fake_mode = detect
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()  # what it remembers names this job's groups
+        torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 def groups(mesh: meshes.Mesh) -> dict[str, str]:
