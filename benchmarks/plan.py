@@ -89,7 +89,8 @@ def main() -> None:
     print(f"on 256, 512, 1024 or 2048 GPUs: {min(spread):+.1%} to {max(spread):+.1%}")
 
     c = LlamaConfig.preset("llama2-70b", vocab_size=128_256, max_seq_len=8192)
-    print(f"\ntorchtitan, {c.n_params() / 1e9:.2f} B parameters: {TORCHTITAN} tokens/s per GPU measured; no constant was fitted to it, but the law for clocks was chosen with it in view")
+    print(f"\ntorchtitan, {c.n_params() / 1e9:.2f} B parameters: {TORCHTITAN} tokens/s per GPU measured; no constant was fitted "
+          "to it, but the law for clocks was chosen with it in view")
     for watts, what in ((500, "500 W, clocks as the cube root of power"), (700, "at the power the peak is for")):
         x = plan(c, 256, "h100-96gb", tensor=8, shard=32, batch=16 * 32, micro_batch=16, watts=watts)
         print(f"planned {x.tokens_per_second:.1f} ({x.tokens_per_second / TORCHTITAN - 1:+.1%}): {what}; {x.peak / GIB:.1f} GiB, MFU {x.mfu:.1%}")
