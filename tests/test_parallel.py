@@ -52,6 +52,7 @@ def close(a: dict, b: dict, tolerance: float) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FOUR, *TWO])
 def test_ten_steps_equal_those_of_one_process(results, name):
     """Guards against a wrong divisor (ragged token counts), a local clip, unsynchronised parts of the model, other initial weights."""
@@ -61,6 +62,7 @@ def test_ten_steps_equal_those_of_one_process(results, name):
     close(sharded["weights"], single["weights"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FOUR, *TWO])
 def test_a_reward_model_s_gradient_equals_that_of_one_process(results, name):
     single, sharded = results["single"]["reward"], results[name]["reward"]
@@ -68,6 +70,7 @@ def test_a_reward_model_s_gradient_equals_that_of_one_process(results, name):
     close(sharded, single, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FOUR, *TWO])
 def test_a_ppo_iteration_equals_that_of_one_process(results, name):
     """Sampled with the same numbers from gathered weights, scored and learned in shards."""
