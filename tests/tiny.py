@@ -48,3 +48,11 @@ def save_reward(config: LlamaConfig, path: Path, seed: int, tokenizer: Tokenizer
     checkpoint.save_state(path / "checkpoint", 1, model, {}, {}, tokenizer)
     (path / "reward.json").write_text(json.dumps({"evidence": False}))
     return str(path)
+
+
+def but(source: str, *changes: tuple[str, str]) -> str:
+    """`source` with each (old, new) replaced; old must stand in it once."""
+    for old, new in changes:
+        assert source.count(old) == 1, (old, source.count(old))
+        source = source.replace(old, new)
+    return source

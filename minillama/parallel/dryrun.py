@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_leaves
 from minillama.config import LlamaConfig, ParallelConfig, TrainConfig
 from minillama.model import Llama, next_token_loss
 from minillama.parallel import mesh as meshes
+from minillama.parallel.plan import KINDS
 from minillama.parallel.shard import parallelize
 from minillama.trainer import accumulate, make_optimizer
 
-KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 # A collective's name without namespace and overload -> its kind, and the argument whose bytes count; None is the result. Outputs of all-gathers, else inputs.
 COLLECTIVES = {
     "_allgather_base_": ("all_gather", 0), "all_gather_into_tensor": ("all_gather", None), "_reduce_scatter_base_": ("reduce_scatter", 1),

@@ -68,18 +68,17 @@ class Mesh:
 
     def first(self, work: Callable[[], object]) -> None:
         """Do `work` on rank 0 only, the others wait for it; what it raises is raised on every rank."""
-        outcome: list = [None]
+        error = None
         if self.rank == 0:
             try:
                 work()
             except Exception as e:
                 if self.world == 1:
                     raise
-                outcome = [e]
-        if self.world > 1:
-            dist.broadcast_object_list(outcome, src=0, group=self.patient_group)
-        if outcome[0] is not None:
-            raise outcome[0]
+                error = e
+        error = self.told(error)
+        if error is not None:
+            raise error
 
     def told(self, x: object) -> object:
         """What `x` is on rank 0."""

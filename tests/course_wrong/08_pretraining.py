@@ -1,4 +1,5 @@
 """Wrong answers to the exercises of 08_pretraining, of the kind that students make: each must score less than full marks."""
+from tiny import but as _but
 
 _STEP = """def optimizer_step(model, optimizer, micro_batches, loss_fn, max_norm):
     optimizer.zero_grad(set_to_none=True)
@@ -54,13 +55,6 @@ _GROUPS = """def decay_groups(model, decay):
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay}, {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 """
-
-
-def _but(source: str, *changes: tuple[str, str]) -> str:
-    for old, new in changes:
-        assert source.count(old) == 1, (old, source.count(old))
-        source = source.replace(old, new)
-    return source
 
 
 WRONG = {

@@ -1,4 +1,5 @@
 """Wrong answers to the exercises of 09_fsdp, of the kind that students make: each must score less than full marks."""
+from tiny import but as _but
 
 _BILL = """def state_bytes(n_params, stage, W):
     weights, gradients, adamw = 2.0, 2.0, 12.0
@@ -67,13 +68,6 @@ _RECUT = """def recut(read, n, old, new, rank):
             piece[a - first : b - first] = read(i, a - i * was, b - i * was)
     return piece
 """
-
-
-def _but(source: str, *changes: tuple[str, str]) -> str:
-    for old, new in changes:
-        assert source.count(old) == 1, (old, source.count(old))
-        source = source.replace(old, new)
-    return source
 
 
 WRONG = {

@@ -1,4 +1,5 @@
 """Wrong answers to the exercises of 10_scale, of the kind that students make: each must score less than full marks."""
+from tiny import but as _but
 
 _HEADS = """def heads_of(rank, ranks, n_heads, n_kv_heads):
     if n_heads % ranks or (ranks % n_kv_heads and n_kv_heads % ranks):
@@ -64,13 +65,6 @@ _PIPE = """def one_f_one_b(stage, stages, batches):
 def bubble(stages, batches):
     return (stages - 1) / (batches + stages - 1)
 """
-
-
-def _but(source: str, *changes: tuple[str, str]) -> str:
-    for old, new in changes:
-        assert source.count(old) == 1, (old, source.count(old))
-        source = source.replace(old, new)
-    return source
 
 
 WRONG = {
