@@ -424,7 +424,7 @@ def _config(cls: type, verb: str, argv: list[str], more=None):
     p.add_class_arguments(cls, None)
     try:
         parsed = p.parse_args(argv)
-        values = p.instantiate_classes(parsed)
+        values = p.instantiate(parsed)
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as e:
         raise ValueError(f"{' '.join(str(e).split())}; see `minillama {verb} --help`") from None
     names = {f.name for f in dataclasses.fields(cls)}
@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = " (free some space, then go on with --resume true)" if e.errno in (27, 28, 122) else ""  # too large, no space, over quota
         return _fail(f"{_line(e)}; what was saved before is still there{hint}", 1)
     except (FloatingPointError, MemoryError, RuntimeError) as e:
-        return _fail(_line(e), 1)
+        return _fail(_waited(_line(e)), 1)
     except Exception as e:
         if type(e).__name__ == "Interrupted":
             return _fail(_line(e), 143)
@@ -478,6 +478,15 @@ def _line(e: BaseException) -> str:
     if isinstance(e, OSError) and e.filename and e.strerror:
         return f"{e.strerror}: {e.filename}"
     return " ".join(str(e).split()) or type(e).__name__
+
+
+def _waited(message: str) -> str:
+    """`message`, and which ranks were waited for if it tells of a collective that timed out."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "timed out" not in message.lower():
+        return message
+    from minillama.parallel.mesh import absent
+
+    return f"waited in vain for rank {', '.join(map(str, ranks))} (parallel.timeout_minutes): {message}" if (ranks := absent()) else message
 
 
 def _fail(message: str, status: int) -> int:

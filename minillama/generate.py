@@ -294,13 +294,14 @@ class _LeanDecoder(_Decoder):
 
     * norm weights are folded into the matrices that follow, with sqrt(D), which makes RMSNorm x / hypot(|x|, sqrt(D eps));
     * wq, wk, wv are one matrix, ordered by key-value head (its G queries, its key, its value), and w1, w3 another;
+    * the rows of the batch are columns, [D,B]: a weight matrix that stands on the left is multiplied up to twice as fast on a CPU;
     * a rotary turn of a pair is one complex multiplication, and values are "turned" by 1, so q, k, v turn in one call;
     * keys and values of all layers are one tensor, sliced once a step; residual sums happen inside addmm;
-    * one query a row attends by two batched matrix products, which on a CPU take a third of the fused kernel's time.
+    * one query a row attends by two batched matrix products, which on a CPU take an eighth of the fused kernel's time.
     """
 
     def __init__(self, model: Llama, prompts: list[list[int]], steps: int):
-        super().__init__(model, prompts, steps)
+        super().__init__(model, prompts, 1)
         c, cache = model.config, self.cache
         self.group, self.kv_heads, self.head_dim = c.n_heads // c.n_kv_heads, c.n_kv_heads, c.head_dim
         self.embed, self.eps = model.tok_embeddings.weight, torch.tensor((c.dim * c.norm_eps) ** 0.5, device=model.rope_cos.device)
@@ -309,19 +310,24 @@ class _LeanDecoder(_Decoder):
             a, f = block.attention, block.feed_forward
             heads = [w.weight.view(c.n_kv_heads, -1, c.dim) for w in (a.wq, a.wk, a.wv)]  # [K, G or 1 times Hd, D] each
             heads[0] = heads[0] * c.head_dim**-0.5  # the softmax's scale
-            wqkv = _fold(block.attention_norm, torch.cat(heads, dim=1).flatten(0, 1))  # [D, K(G+2)Hd]
-            w13 = _fold(block.ffn_norm, torch.cat([f.w1.weight, f.w3.weight]))  # [D,2F]
-            self.blocks.append((wqkv, a.wo.weight.T.contiguous(), w13, f.w2.weight.T.contiguous()))
-        self.out = _fold(model.norm, model.output.weight)  # [D,V]
-        self.kv = torch.stack([torch.stack(cache.k), torch.stack(cache.v)], dim=3).flatten(1, 2)  # [L,B*K,2,S,Hd]
+            wqkv = _fold(block.attention_norm, torch.cat(heads, dim=1).flatten(0, 1))  # [K(G+2)Hd, D]
+            w13 = _fold(block.ffn_norm, torch.cat([f.w1.weight, f.w3.weight]))  # [2F,D]
+            self.blocks.append((wqkv, a.wo.weight, w13, f.w2.weight))
+        self.out = _fold(model.norm, model.output.weight)  # [V,D]
+        T = cache.length
+        self.kv = cache.k[0].new_empty(c.n_layers, len(prompts) * c.n_kv_heads, 2, T + steps - 1, c.head_dim)  # [L,B*K,2,S,Hd]
+        for layer, both in enumerate(zip(cache.k, cache.v, strict=True)):
+            for j, x in enumerate(both):
+                self.kv[layer, :, j, :T] = x.flatten(0, 1)
         cache.k = cache.v = []  # moved; of the cache only `length` is used from here
         self.first = min(len(p) for p in prompts)  # position of the turn table's first row
-        end = min(max(len(p) for p in prompts) + steps, c.max_seq_len)
+        end = min(T + steps, c.max_seq_len)
         turn = torch.complex(model.rope_cos[self.first : end], model.rope_sin[self.first : end]).unsqueeze(1)  # [S',1,Hd/2]
         turn = torch.cat([turn.expand(-1, self.group + 1, -1), torch.ones_like(turn)], dim=1)  # [S',G+2,Hd/2]
         self.turn = turn.flatten(1).repeat(1, c.n_kv_heads)  # [S', K(G+2)Hd/2]
         if self.ragged:
-            bias = torch.zeros(self.valid.shape, device=turn.device).masked_fill_(~self.valid, float("-inf"))
+            valid = F.pad(self.valid, (0, steps - 1), value=True)  # [B,S]
+            bias = torch.zeros(valid.shape, device=turn.device).masked_fill_(~valid, float("-inf"))
             self.bias = bias.repeat_interleave(c.n_kv_heads, dim=0).unsqueeze(1)  # [B*K,1,S]
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -336,19 +342,19 @@ class _LeanDecoder(_Decoder):
         slots = self.kv[:, :, :, length].unbind()  # L of [B*K,2,Hd]
         keys, values = self.kv[..., : length + 1, :].unbind(2)  # [L,B*K,S,Hd] each
         keys, values = keys.mT.unbind(), values.unbind()  # L of [B*K,Hd,S] and of [B*K,S,Hd]
-        x = F.embedding(tokens, self.embed)  # [B,D]
+        x = F.embedding(tokens, self.embed).T  # [D,B]
         norm, eps = torch.linalg.vector_norm, self.eps
         for (wqkv, wo, w13, w2), slot, k, v in zip(self.blocks, slots, keys, values, strict=True):
-            qkv = torch.mm(x / norm(x, dim=1, keepdim=True).hypot_(eps), wqkv)  # [B, K(G+2)Hd]
+            qkv = torch.mm(wqkv, x / norm(x, dim=0, keepdim=True).hypot_(eps)).T.flatten().view(B, -1)  # [B, K(G+2)Hd]
             qkv.view(torch.complex64).mul_(turn)
             q, kv = qkv.view(B * K, G + 2, Hd).split((G, 2), dim=1)  # [B*K,G,Hd], [B*K,2,Hd]
             slot.copy_(kv)
             scores = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # [B*K,G,S]
             o = torch.bmm(scores.softmax(-1), v)  # [B*K,G,Hd]
-            x = torch.addmm(x, o.view(B, -1), wo)  # [B,D]
-            gate, up = torch.mm(x / norm(x, dim=1, keepdim=True).hypot_(eps), w13).chunk(2, dim=1)  # [B,F] each
-            x = torch.addmm(x, F.silu(gate).mul_(up), w2)  # [B,D]
-        return torch.mm(x / norm(x, dim=1, keepdim=True).hypot_(eps), self.out)  # [B,V]
+            x = torch.addmm(x, wo, o.view(B, -1).T)  # [D,B]
+            gate, up = torch.mm(w13, x / norm(x, dim=0, keepdim=True).hypot_(eps)).chunk(2)  # [F,B] each
+            x = torch.addmm(x, w2, F.silu(gate).mul_(up))  # [D,B]
+        return torch.mm(self.out, x / norm(x, dim=0, keepdim=True).hypot_(eps)).T  # [B,V]
 
     def select(self, rows: Tensor) -> None:
         self.pad = self.pad[rows]
@@ -359,8 +365,8 @@ class _LeanDecoder(_Decoder):
 
 
 def _fold(norm: RMSNorm, weight: Tensor) -> Tensor:
-    """A matrix [D,N] from the weight [N,D] of a linear behind `norm`, to follow a division by |x| alone."""
-    return (weight * (norm.weight * norm.weight.numel() ** 0.5)).T.contiguous()
+    """The weight [N,D] of a linear behind `norm`, to follow a division by |x| alone."""
+    return weight * (norm.weight * norm.weight.numel() ** 0.5)
 
 
 _PLAIN = (Llama, TransformerBlock, Attention, FeedForward, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding)

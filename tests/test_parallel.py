@@ -22,10 +22,10 @@ FOUR = {
 TWO = {"fsdp of 2": {"shard": 2}, "tp of 2": {"tensor": 2}}
 
 
-def torchrun(n: int, *argv: str, timeout: int = 400, **env: str) -> subprocess.CompletedProcess:
+def torchrun(n: int, *argv: str, timeout: int = 400, lines: str = "", **env: str) -> subprocess.CompletedProcess:
     """`argv` in n processes on this machine, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +155,16 @@ def test_every_stage_runs_sharded_and_does_what_one_process_does(staged, degrees
     spoken = torchrun(2, "-m", "minillama", "generate", "--model", str(out / "safety"), "--prompt", "Line 3", "--max_new_tokens", "12", "--device", "cpu",
                       "--parallel.tensor", str(degrees.get("tensor", 1)))  # fmt: skip
     assert spoken.returncode == 0 and spoken.stdout.strip() == said.strip(), spoken.stderr[-2000:]
+
+    talk = ["chat", "--model", str(out / "safety"), "--max_new_tokens", "12", "--device", "cpu"]
+    (root / "text.txt").write_text("Line 3 of the long book tells of 3 boats.\n\nLine 5 of it tells of none.")
+    judge = ["eval", "--model", str(out / "safety"), "--data", str(root / "text.txt"), "--json", "--device", "cpu"]
+    tensor = str(degrees.get("tensor", 1))
+    for alone, more, lines in ((talk, ["--parallel.tensor", tensor], "Tell line 3\nAnd another\n/reset\nTell line 4\n"), (judge, ["--tensor", tensor], "")):
+        a = subprocess.run([sys.executable, "-m", "minillama", *alone], input=lines, capture_output=True, text=True, timeout=100)
+        b = torchrun(2, "-m", "minillama", *alone, *more, lines=lines)
+        assert a.returncode == b.returncode == 0 and a.stdout, a.stderr + b.stderr[-2000:]
+        if lines:
+            assert a.stdout == b.stdout and a.stdout.count("\n") == 3
+        else:
+            assert json.loads(a.stdout) == pytest.approx(json.loads(b.stdout), rel=1e-4)

@@ -5,6 +5,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -231,3 +232,28 @@ def test_kill_9_of_a_rank_ends_the_job_and_loses_only_steps_since_the_last_save(
     assert [(r["step"], r.get("loss")) for r in a] == [(r["step"], r.get("loss")) for r in b] and b[-1]["step"] == 30
     want = final(root / "whole")
     assert all(torch.equal(t, want[n]) for n, t in final(out).items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(stage, tmp_path):
+    """Guards against a job that waits for ever for a rank that is alive and silent, and against an error that does not say which."""
+    _, command = stage
+    out, log = tmp_path / "out", tmp_path / "log"
+    with log.open("w") as f:
+        job = subprocess.Popen([*command(out), "--train.steps", "100000", "--train.parallel.timeout_minutes", "0.2"], stderr=f, stdout=f, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        end = time.monotonic() + 90
+        while len(faults.records(out)) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        silent = faults.rank_pids(job.pid)[1]
+        os.kill(silent, signal.SIGSTOP)
+        while "waited in vain" not in log.read_text() and time.monotonic() < end:
+            time.sleep(0.2)
+        os.kill(silent, signal.SIGCONT)
+        assert job.wait(60) != 0
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    lines = [line for line in log.read_text().splitlines() if line.startswith("minillama: ")]
+    assert re.match(r"minillama: rank 0: waited in vain for rank 1 \(parallel.timeout_minutes\): .*[Tt]imed out", lines[0]), lines

@@ -8,6 +8,7 @@ is a mesh of one. Tensor ranks are neighbours, so that their traffic, which is w
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -153,6 +154,15 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _current = Mesh(ParallelConfig(shard=1))
+
+
+def absent(seconds: float = 5.0) -> list[int]:
+    """The ranks that do not ask this within `seconds` of this one: after a collective that timed out, those that hang elsewhere."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # torchrun's; it needs no collective
+    world = int(os.environ["WORLD_SIZE"])
+    store.set(f"minillama/here/{os.environ['RANK']}", "")
+    time.sleep(seconds)
+    return [rank for rank in range(world) if not store.check([f"minillama/here/{rank}"])]
 
 
 def settle(model: torch.nn.Module) -> None:
