@@ -240,8 +240,8 @@ def test_a_rank_that_hangs_is_named(stage, tmp_path):
     _, command = stage
     out, log = tmp_path / "out", tmp_path / "log"
     with log.open("w") as f:
-        job = subprocess.Popen([*command(out), "--train.steps", "100000", "--train.parallel.timeout_minutes", "0.2"], stderr=f, stdout=f, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        long = command(out, "--train.steps", "100000", "--train.parallel.timeout_minutes", "0.2")
+        job = subprocess.Popen(long, stderr=f, stdout=f, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         end = time.monotonic() + 90
         while len(faults.records(out)) < 3 and time.monotonic() < end:
