@@ -18,7 +18,7 @@ SYMBOLS = {  # definitions that are taught elsewhere than the rest of their modu
 }  # fmt: skip
 TOOLS = {"__init__", "__main__", "_files", "_huggingface", "align", "cli", "demo", "report", "course",  # taught nowhere
          "data/world", "data/gold", "data/hazards"}  # fmt: skip
-NO_HOME = {"config": {"DemoConfig"}, "parallel.mesh": {"absent"}}
+NO_HOME = {"config": {"DemoConfig"}, "parallel/mesh": {"absent"}}
 
 
 def module_name(path: Path, package: Path) -> str:
