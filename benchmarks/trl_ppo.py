@@ -250,7 +250,7 @@ def agree(results: Results, title: str = "") -> bool:
     worst: dict[str, tuple[float, float]] = {}
     for what, ours, theirs, allowed in results:
         apart = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
-        worst[what] = max(worst.get(what, (0.0, allowed)), (apart, allowed))
+        worst[what] = max(worst.get(what, (0.0, allowed)), (apart if math.isfinite(apart) else math.inf, allowed))
     if title:
         print(title)
     for what, (apart, allowed) in worst.items() if title else ():
