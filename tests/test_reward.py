@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -180,6 +181,18 @@ def test_a_reward_model_starts_as_the_chat_model():
         assert all(torch.equal(own[name], w) for name, w in reward.from_chat(chat, evidence, seed=4).state_dict().items())
         assert not torch.equal(own["score.weight"], reward.from_chat(chat, evidence, seed=5).state_dict()["score.weight"])
         assert own["score.weight"].abs().max() > 0.01
+
+
+def test_heads_are_drawn_by_their_definition():
+    """Guards against heads of another scale, or one stream for both; what the evidence begins with is 0.3 of the surprise and no uptake."""
+    draw = lambda seed, name, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(crc32(f"{seed}:{name}.weight".encode())))  # noqa: E731
+    for seed in (0, 4):
+        model = RewardModel(CONFIG, True)
+        if seed:
+            model.init_heads(seed)
+        torch.testing.assert_close(model.score.weight.detach(), draw(seed, "score", 1, 24) / 5, rtol=0, atol=1e-6)  # std (24 + 1) ** -0.5
+        torch.testing.assert_close(model.match.weight.detach(), draw(seed, "match", 32, 24) / 72**0.5, rtol=0, atol=1e-6)
+        assert model.gain.tolist() == pytest.approx([0.3]) and not any(p.any() for p in (model.score.bias, model.wanted.weight, model.wanted.bias))
 
 
 # ---- the loss ---------------------------------------------------------------------------------------------------------------
