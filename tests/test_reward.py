@@ -311,6 +311,17 @@ def test_pair_batches_are_a_pure_function_of_seed_and_step(pairs, tokenizer):
     assert len(visited(make(100), [0])) == 20  # never more pairs a batch than there are
 
 
+def test_data_ranks_share_every_batch(pairs, tokenizer):
+    """Guards against a pair that two ranks learn, or none: the ranks' parts are the batch of one, which is cut to a multiple of their number."""
+    whole = PairBatches(pairs, tokenizer, 60, 8, 5)
+    ranks = [PairBatches(pairs, tokenizer, 60, 9, 5, 0, "small", r, 2) for r in range(2)]
+    for step in range(4):
+        parts = [visited(r, [step]) for r in ranks]
+        assert [len(p) for p in parts] == [4, 4] and sorted(sum(parts, [])) == sorted(visited(whole, [step]))
+    with pytest.raises(ValueError, match="a batch of 1 pairs is smaller than the 2 data ranks"):
+        PairBatches(pairs[:1], tokenizer, 60, 8, world=2)
+
+
 def test_pairs_that_cannot_be_compared_are_left_out(tokenizer):
     """Guards against an answer cut to fit, and a pair of equal sides, whose loss has no gradient but counts."""
     good, long, same = Pair(user("Who?"), "You.", "Me."), Pair(user("Who?"), "You.", "boats " * 40), Pair(user("Who?"), "You.", "You.")
@@ -400,6 +411,7 @@ def test_gated_combines_two_saved_models(tokenizer, tmp_path):
     want = [s if f or 1 / (1 + math.exp(-s)) < 0.5 else h for h, s, f in zip(helpful.tolist(), safety.tolist(), flags, strict=True)]
     assert got["reward"].tolist() == pytest.approx(want, abs=1e-5)
     only = Gated(str(tmp_path / "h"))(ROWS, flags)
+    assert Gated(str(tmp_path / "h")).gate == 0.15  # the paper's
     assert set(only) == {"helpful", "reward"} and torch.equal(only["helpful"], only["reward"])
 
 
@@ -479,6 +491,15 @@ def test_a_run_learns_saves_and_loads(trained, tokenizer):
     kept = json.loads((out / "reward.json").read_text())
     assert kept["pairs"] == 48 and kept["dropped"] == 0 and kept["evidence"] is True
     assert lines[-1]["step"] == 18 and lines[-1]["tokens"] == 18 * 8  # 3 epochs of 48 pairs by 8; what is counted is pairs
+
+
+def test_steps_and_warm_up_follow_the_epochs(chat, tmp_path, monkeypatch):
+    """Guards against a warm-up that is all of a short run, and one that a long run does without: 3% of it, or what was asked for, at most half."""
+    seen = []
+    monkeypatch.setattr(reward, "train", lambda model, batches, loss, c, *a, **k: seen.append((c.steps, c.warmup_steps)) or model)
+    for i, epochs in enumerate((3, 0.01, 0.5, 20)):  # of 48 pairs by 8
+        reward.run(RewardConfig(init=chat, out=str(tmp_path / str(i)), epochs=epochs, val_fraction=0.2, train=train_config()), trivial())
+    assert seen == [(18, 2), (1, 0), (3, 1), (120, 4)]
 
 
 def test_a_prompt_is_on_one_side_of_the_split(chat, tmp_path, monkeypatch):
