@@ -168,6 +168,7 @@ def test_surprise_is_bounded_and_sure_tokens_cannot_raise_it():
 def test_a_reward_model_starts_as_the_chat_model():
     """Guards against a trunk that is drawn anew, a head that depends on what ran before, and a draw that disturbs the caller's random state."""
     chat = Llama(CONFIG).init_weights(5)
+    assert torch.equal(reward.from_chat(chat, False).score.weight, reward.from_chat(chat, False, 0).score.weight)
     for evidence in (False, True):
         torch.manual_seed(11)
         state = torch.get_rng_state()
