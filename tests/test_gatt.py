@@ -208,6 +208,14 @@ def test_errors_name_the_value(inputs, tmp_path):
         gatt.run(config(inputs, tmp_path / "c", policy=str(tmp_path / "mute")))
 
 
+def test_a_row_loses_no_more_than_it_must(tokenizer):
+    """Guards against a dialogue cut to its first exchange where two would fit."""
+    m = [{"role": r, "content": f"{r} {i} of the book"} for i in range(3) for r in ("user", "assistant")]
+    size = lambda n: len(encode_dialogue(tokenizer, [Message(x["role"], x["content"]) for x in m[:n]])[0])  # noqa: E731
+    for n in (2, 4, 6):
+        assert gatt.shorten(tokenizer, {"messages": m, "last_only": True}, size(n)) == {"messages": m[:n], "last_only": True}
+
+
 def test_long_dialogues_still_train_their_last_answer(inputs, tokenizer, tmp_path):
     """Guards against a dialogue that is cut before its last answer: it has no target left, and takes its place in the batch for nothing."""
     turns = ["Tell of line 1 of the book."] * 3

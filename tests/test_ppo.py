@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ import torch
 
 import minillama
 from minillama import checkpoint, ppo
+from minillama.chat import Message, encode_prompt
 from minillama.config import LlamaConfig, PPOConfig, TrainConfig
-from minillama.generate import log_probs
+from minillama.data.sources import read_prompts
+from minillama.generate import log_probs, sample_many
 from minillama.model import Llama
 from minillama.reward import Gated, RewardModel
 from minillama.tokenizer import Tokenizer
@@ -373,6 +377,12 @@ def test_the_score_enters_once_at_the_last_action():
             assert float(roll.returns[i, t]) - later == pytest.approx(want, abs=1e-4)
 
 
+def test_distinct_is_a_share_of_pairs():
+    """Guards against pairs that reach over two answers, and a division by the number of none."""
+    assert ppo.distinct([[1, 2, 1, 2], [1, 2], [3]]) == 2 / 4 and ppo.distinct([[5, 6, 7]], 3) == 1.0
+    assert ppo.distinct([[1], []]) == 0.0
+
+
 def test_unfinished_answers_lose_the_penalty():
     """Guards against a penalty on every sample, on the finished ones, or before whitening, which would blur it."""
     with_it, without = (roll_out(no_eos_penalty=x, gamma=1.0, gae_lambda=1.0)[0] for x in (1.5, 0.0))
@@ -694,6 +704,20 @@ def test_run_writes_what_it_says(root, whole):
     assert json.loads((whole / "result.json").read_text())["iteration"] == 4 and (whole / "config.yaml").exists()
 
 
+def test_an_evaluation_equals_one_by_hand(root, whole):
+    """Guards against a share of finished answers that is none, and an evaluation on prompts that were trained on."""
+    policy, tokenizer = minillama.load(whole)
+    prompts = read_prompts(str(root / "prompts.jsonl"))
+    Random("ppo:0").shuffle(prompts)
+    held = [encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in p["messages"]]) for p in prompts[:3]]
+    drawn = sample_many(policy, held, 6, 1.0, 0, [[EOS]], 8)
+    rows = [(p + ids, len(p)) for p, ids in zip(held, drawn.tokens, strict=True)]
+    reward = Gated(root / "helpful", root / "harmless")(rows, [p["safety"] for p in prompts[:3]])["reward"]
+    got = records(whole)[-1]
+    assert got["eval/reward"] == pytest.approx(float(reward.mean()), abs=1e-5)
+    assert got["eval/finished"] == pytest.approx(sum(drawn.stopped) / 3)
+
+
 def test_run_takes_each_prompt_once_an_epoch(root, tmp_path, monkeypatch):
     """Guards against prompts that are never asked, held-out prompts that are trained on, and safety flags that belong to other prompts."""
     asked = []
@@ -706,6 +730,43 @@ def test_run_takes_each_prompt_once_an_epoch(root, tmp_path, monkeypatch):
     tokenizer = Tokenizer(root / "t.model")
     prompts = {tuple(tokenizer.encode(f"[INST] Tell line {i} [/INST]", bos=True)): i % 3 == 0 for i in range(14)}
     assert dict(held) | dict(epochs[0]) == prompts
+
+
+@pytest.mark.parametrize("batch,iterations", [(5, 6), (6, 5)])
+def test_an_epoch_may_end_within_a_batch(batch, iterations, root, tmp_path, monkeypatch):
+    """Guards against an order of the next epoch that is missing where a batch holds its first prompt only (15 = 14 + 1), or several of them."""
+    asked = []
+    monkeypatch.setattr(Gated, "__call__", lambda self, rows, *a: asked.extend(tuple(i[:s]) for i, s in rows) or GATED(self, rows, *a))
+    ppo.run(run_config(root, tmp_path / "out", iterations=iterations, batch_size=batch, minibatch=batch, eval_every=0))
+    assert len(asked) == 30 and len(set(asked[:14])) == 14 and sorted(asked[:14]) == sorted(asked[14:28]) and asked[:14] != asked[14:28]
+    assert len(set(asked[28:])) == 2
+
+
+def test_every_iteration_has_its_seed_and_the_reference_is_frozen(root, tmp_path, monkeypatch):
+    """Guards against answers that are drawn alike in every iteration or for every seed, and a reference that could learn."""
+    seeds, real = [], ppo.rollout
+
+    def spy(policy, reference, *a):
+        assert not policy.training and not reference.training and not any(p.requires_grad for p in reference.parameters())
+        seeds.append(a[-1])
+        return real(policy, reference, *a)
+
+    monkeypatch.setattr(ppo, "rollout", spy)
+    for seed in (0, 1, 2):
+        ppo.run(run_config(root, tmp_path / str(seed), seed=seed, iterations=2, eval_every=0))
+    assert len(set(seeds)) == 6
+
+
+def test_progress_without_a_terminal(root, tmp_path, capsys, monkeypatch):
+    """Guards against a log with a line for every iteration, or with none, seconds that are no duration, and a state written more often than asked."""
+    began, saved, real = time.monotonic(), [], checkpoint.save_state
+    monkeypatch.setattr(checkpoint, "save_state", lambda folder, step, *a, **k: saved.append((Path(folder).name, step)) or real(folder, step, *a, **k))
+    ppo.run(run_config(root, tmp_path / "out", iterations=11, batch_size=2, minibatch=2, eval_every=0, save_every=4))
+    assert saved == [("state", 4), ("state", 8), ("state", 11), ("checkpoint", 11)]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("ppo ")]
+    assert [line[1] for line in lines] == ["10/11", "11/11"] and lines[1][-3:] == ["ETA", "0", "s"]
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert min(seconds) > 0 and sum(seconds) < time.monotonic() - began
 
 
 def test_resume_is_exact(root, whole, tmp_path):
@@ -747,11 +808,12 @@ def test_kill_9_and_resume_gives_the_uninterrupted_weights(root, whole, tmp_path
     assert same(weights(tmp_path / "out"), weights(whole)) and records(tmp_path / "out") == records(whole)
 
 
-def test_sigterm_saves_and_resumes(root, whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_resumes(number, root, whole, tmp_path):
     """Guards against losing the iterations since the last state when a job is preempted."""
     out = tmp_path / "out"
-    stopped = lambda _: signal.raise_signal(signal.SIGTERM) or {}  # noqa: E731
-    with pytest.raises(Interrupted, match="after step 2"):
+    stopped = lambda _: signal.raise_signal(number) or {}  # noqa: E731
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} after step 2"):
         ppo.run(run_config(root, out, save_every=0), evaluate=stopped)
     assert checkpoint.load_state(out / "state")[0] == 2
     ppo.run(run_config(root, out, save_every=0, resume=True))
@@ -803,6 +865,13 @@ def test_early_stopping_keeps_the_best(root, tmp_path, monkeypatch):
     assert same(again.state_dict(), snapshots[2]) and [r["step"] for r in records(tmp_path / "other") if "kl" in r] == [1, 2, 3, 4, 5]
 
 
+def test_patience_without_an_evaluation_keeps_the_last(root, tmp_path):
+    """Guards against a run whose every evaluation falls into the critic's warm-up, and that ends by loading a best policy that is not there."""
+    model = ppo.run(run_config(root, tmp_path / "out", iterations=2, critic_warmup=2, patience=2))
+    assert same(model.state_dict(), weights(tmp_path / "out")) and not model.training
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == {"iteration": 2, "eval_reward": None}
+
+
 def test_bad_requests(root, whole, tmp_path):
     """Guards against a run that dies in its first iteration, or overwrites another, for want of a look at what it was given."""
     out = tmp_path / "out"
@@ -816,6 +885,9 @@ def test_bad_requests(root, whole, tmp_path):
     with pytest.raises(ValueError, match="already holds a checkpoint of iteration 4; add --resume true"):
         ppo.run(run_config(root, whole))
     assert records(whole) == before
+    (tmp_path / "taken" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint of another stage"):
+        ppo.run(run_config(root, tmp_path / "taken"))
     other = Tokenizer.train([t[::-1] for t in TEXTS], 320, tmp_path / "t.model", threads=1)
     model, _ = minillama.load(root / "policy")
     minillama.save(model, other, tmp_path / "foreign")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -167,6 +168,7 @@ def test_surprise_is_bounded_and_sure_tokens_cannot_raise_it():
 def test_a_reward_model_starts_as_the_chat_model():
     """Guards against a trunk that is drawn anew, a head that depends on what ran before, and a draw that disturbs the caller's random state."""
     chat = Llama(CONFIG).init_weights(5)
+    assert torch.equal(reward.from_chat(chat, False).score.weight, reward.from_chat(chat, False, 0).score.weight)
     for evidence in (False, True):
         torch.manual_seed(11)
         state = torch.get_rng_state()
@@ -180,6 +182,18 @@ def test_a_reward_model_starts_as_the_chat_model():
         assert all(torch.equal(own[name], w) for name, w in reward.from_chat(chat, evidence, seed=4).state_dict().items())
         assert not torch.equal(own["score.weight"], reward.from_chat(chat, evidence, seed=5).state_dict()["score.weight"])
         assert own["score.weight"].abs().max() > 0.01
+
+
+def test_heads_are_drawn_by_their_definition():
+    """Guards against heads of another scale, or one stream for both; what the evidence begins with is 0.3 of the surprise and no uptake."""
+    draw = lambda seed, name, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(crc32(f"{seed}:{name}.weight".encode())))  # noqa: E731
+    for seed in (0, 4):
+        model = RewardModel(CONFIG, True)
+        if seed:
+            model.init_heads(seed)
+        torch.testing.assert_close(model.score.weight.detach(), draw(seed, "score", 1, 24) / 5, rtol=0, atol=1e-6)  # std (24 + 1) ** -0.5
+        torch.testing.assert_close(model.match.weight.detach(), draw(seed, "match", 32, 24) / 72**0.5, rtol=0, atol=1e-6)
+        assert model.gain.tolist() == pytest.approx([0.3]) and not any(p.any() for p in (model.score.bias, model.wanted.weight, model.wanted.bias))
 
 
 # ---- the loss ---------------------------------------------------------------------------------------------------------------
@@ -298,6 +312,17 @@ def test_pair_batches_are_a_pure_function_of_seed_and_step(pairs, tokenizer):
     assert len(visited(make(100), [0])) == 20  # never more pairs a batch than there are
 
 
+def test_data_ranks_share_every_batch(pairs, tokenizer):
+    """Guards against a pair that two ranks learn, or none: the ranks' parts are the batch of one, which is cut to a multiple of their number."""
+    whole = PairBatches(pairs, tokenizer, 60, 8, 5)
+    ranks = [PairBatches(pairs, tokenizer, 60, 9, 5, 0, "small", r, 2) for r in range(2)]
+    for step in range(4):
+        parts = [visited(r, [step]) for r in ranks]
+        assert [len(p) for p in parts] == [4, 4] and sorted(sum(parts, [])) == sorted(visited(whole, [step]))
+    with pytest.raises(ValueError, match="a batch of 1 pairs is smaller than the 2 data ranks"):
+        PairBatches(pairs[:1], tokenizer, 60, 8, world=2)
+
+
 def test_pairs_that_cannot_be_compared_are_left_out(tokenizer):
     """Guards against an answer cut to fit, and a pair of equal sides, whose loss has no gradient but counts."""
     good, long, same = Pair(user("Who?"), "You.", "Me."), Pair(user("Who?"), "You.", "boats " * 40), Pair(user("Who?"), "You.", "You.")
@@ -387,6 +412,7 @@ def test_gated_combines_two_saved_models(tokenizer, tmp_path):
     want = [s if f or 1 / (1 + math.exp(-s)) < 0.5 else h for h, s, f in zip(helpful.tolist(), safety.tolist(), flags, strict=True)]
     assert got["reward"].tolist() == pytest.approx(want, abs=1e-5)
     only = Gated(str(tmp_path / "h"))(ROWS, flags)
+    assert Gated(str(tmp_path / "h")).gate == 0.15  # the paper's
     assert set(only) == {"helpful", "reward"} and torch.equal(only["helpful"], only["reward"])
 
 
@@ -466,6 +492,15 @@ def test_a_run_learns_saves_and_loads(trained, tokenizer):
     kept = json.loads((out / "reward.json").read_text())
     assert kept["pairs"] == 48 and kept["dropped"] == 0 and kept["evidence"] is True
     assert lines[-1]["step"] == 18 and lines[-1]["tokens"] == 18 * 8  # 3 epochs of 48 pairs by 8; what is counted is pairs
+
+
+def test_steps_and_warm_up_follow_the_epochs(chat, tmp_path, monkeypatch):
+    """Guards against a warm-up that is all of a short run, and one that a long run does without: 3% of it, or what was asked for, at most half."""
+    seen = []
+    monkeypatch.setattr(reward, "train", lambda model, batches, loss, c, *a, **k: seen.append((c.steps, c.warmup_steps)) or model)
+    for i, epochs in enumerate((3, 0.01, 0.5, 20)):  # of 48 pairs by 8
+        reward.run(RewardConfig(init=chat, out=str(tmp_path / str(i)), epochs=epochs, val_fraction=0.2, train=train_config()), trivial())
+    assert seen == [(18, 2), (1, 0), (3, 1), (120, 4)]
 
 
 def test_a_prompt_is_on_one_side_of_the_split(chat, tmp_path, monkeypatch):

@@ -120,6 +120,8 @@ def test_the_teacher_answers_behind_a_preprompt(models, monkeypatch):
     systems = [p["messages"][0]["content"] for p in behind]
     assert all(p["messages"][0]["role"] == "system" and text.startswith("You are a ") for p, text in zip(behind, systems, strict=True))
     assert len(set(systems)) > 2 and sum(text.endswith("assistant. Be brief.") for text in systems) == 1
+    said = draw(teacher, tokenizer, behind, reward, 1, 1.0, 16, 2)
+    assert [r["messages"][-1]["content"] for r in rows] == [s["answer"] for (s,) in said]
     sampled = draw(policy, tokenizer, prompts, reward, 1, 1.0, 16, 1)
     assert [r["original"] for r in rows] == [s["answer"] for (s,) in sampled] and [r["before"] for r in rows] == [s["safety"] for (s,) in sampled]
 
