@@ -249,8 +249,8 @@ def update(
         for index in minibatch[roll.lengths[minibatch].argsort()][mesh.data_rank :: mesh.data_ranks].split(MICRO):
             b = roll.rows(index)
             share = b.mask.sum() / n_tokens
-            all_logp = policy(b.tokens)[:, :-1].float().log_softmax(-1)  # [b,T-1,V]
-            logp = all_logp.gather(-1, b.tokens[:, 1:, None]).squeeze(-1)  # [b,T-1]
+            all_logp = policy(b.tokens)[:, :-1][b.mask].float().log_softmax(-1)  # [n,V], of the n actions alone: prompts are longer than answers
+            logp = torch.zeros_like(b.logp).masked_scatter(b.mask, all_logp.gather(1, b.tokens[:, 1:][b.mask, None]))  # [b,T-1]
             loss, clipped = policy_loss(logp, b.logp, b.advantages, b.mask, config.clip)
             values = critic.values(b.tokens)[:, :-1]
             critic_loss = config.value_weight * value_loss(values, b.values, b.returns, b.mask, config.value_clip)
@@ -258,7 +258,7 @@ def update(
             (share * mesh.data_ranks * critic_loss).backward()
             with torch.no_grad():
                 step = (logp - b.logp).masked_fill(~b.mask, 0.0)
-                entropy = masked_mean(-(all_logp.exp() * all_logp).sum(-1), b.mask)
+                entropy = -(all_logp.exp() * all_logp).sum(-1).mean()
                 means = {"policy_loss": loss, "value_loss": critic_loss, "clip_fraction": clipped, "entropy": entropy,
                          "approx_kl": masked_mean(torch.exp(step) - 1 - step, b.mask)}  # fmt: skip
                 for name, value in means.items():
