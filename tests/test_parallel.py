@@ -1,4 +1,5 @@
 """Sharded equals single, to rounding: losses, weights, reward-model gradients and a PPO iteration on every kind of mesh, by gloo on the CPU."""
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minillama import cli
 from minillama.config import LlamaConfig, ParallelConfig
 from minillama.parallel import mesh as parallel
 
@@ -127,7 +129,7 @@ def rows(path: Path) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("degrees", [{"shard": 2}, {"tensor": 2}], ids=["fsdp", "tp"])
-def test_every_stage_runs_sharded_and_does_what_one_process_does(staged, degrees):
+def test_every_stage_runs_sharded_and_does_what_one_process_does(staged, degrees, monkeypatch, capsys):
     """Guards against ranks that sample alike, score other rows, write over each other, or wait for one another for ever; and against stages that
     cannot read what a sharded one wrote. A process alone then generates with the result, and two ranks talk to it."""
     from minillama import checkpoint
@@ -156,15 +158,18 @@ def test_every_stage_runs_sharded_and_does_what_one_process_does(staged, degrees
                       "--parallel.tensor", str(degrees.get("tensor", 1)))  # fmt: skip
     assert spoken.returncode == 0 and spoken.stdout.strip() == said.strip(), spoken.stderr[-2000:]
 
-    talk = ["chat", "--model", str(out / "safety"), "--max_new_tokens", "12", "--device", "cpu"]
-    (root / "text.txt").write_text("Line 3 of the long book tells of 3 boats.\n\nLine 5 of it tells of none.")
-    judge = ["eval", "--model", str(out / "safety"), "--data", str(root / "text.txt"), "--json", "--device", "cpu"]
-    tensor = str(degrees.get("tensor", 1))
-    for alone, more, lines in ((talk, ["--parallel.tensor", tensor], "Tell line 3\nAnd another\n/reset\nTell line 4\n"), (judge, ["--tensor", tensor], "")):
-        a = subprocess.run([sys.executable, "-m", "minillama", *alone], input=lines, capture_output=True, text=True, timeout=100)
-        b = torchrun(2, "-m", "minillama", *alone, *more, lines=lines)
-        assert a.returncode == b.returncode == 0 and a.stdout, a.stderr + b.stderr[-2000:]
-        if lines:
-            assert a.stdout == b.stdout and a.stdout.count("\n") == 3
-        else:
-            assert json.loads(a.stdout) == pytest.approx(json.loads(b.stdout), rel=1e-4)
+    if "tensor" in degrees:  # one of the other verbs on each mesh
+        verb, more, lines = ["chat", "--max_new_tokens", "12"], ["--parallel.tensor", "2"], "Tell line 3\nAnd another\n/reset\nTell line 4\n"
+    else:
+        (root / "text.txt").write_text("Line 3 of the long book tells of 3 boats.\n\nLine 5 of it tells of none.")
+        verb, more, lines = ["eval", "--data", str(root / "text.txt"), "--json"], [], ""
+    verb += ["--model", str(out / "safety"), "--device", "cpu"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert cli.main(verb) == 0
+    alone = capsys.readouterr().out
+    ranks = torchrun(2, "-m", "minillama", *verb, *more, lines=lines)
+    assert ranks.returncode == 0, ranks.stderr[-2000:]
+    if lines:
+        assert alone == ranks.stdout and alone.count("\n") == 3
+    else:
+        assert json.loads(alone) == pytest.approx(json.loads(ranks.stdout), rel=1e-4)
