@@ -157,7 +157,9 @@ def stop() -> None:
 
 
 def absent(seconds: float = 5.0) -> list[int]:
-    """The ranks that do not ask this within `seconds` of this one: after a collective that timed out, those that hang elsewhere."""
+    """The ranks that do not ask this within `seconds` of this one: after a collective that timed out, those that hang elsewhere. None before `start`."""
+    if not dist.is_initialized():  # what timed out may be the way to the store itself
+        return []
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # torchrun's; it needs no collective
     world = int(os.environ["WORLD_SIZE"])
     store.set(f"minillama/here/{os.environ['RANK']}", "")
