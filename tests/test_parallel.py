@@ -30,6 +30,15 @@ def torchrun(n: int, *argv: str, timeout: int = 400, lines: str = "", **env: str
     return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
+def verbs(n: int, out: Path, *argvs: list, lines: str = "") -> list[list[dict]]:
+    """For each of n ranks of one job what the verbs gave: {"status", "out", "err"} each. All of them read `lines` on rank 0's stdin."""
+    out.mkdir(exist_ok=True)
+    tasks = [{"argv": [str(a) for a in argv], "lines": lines} for argv in argvs]
+    process = torchrun(n, str(Path(__file__).parent / "verbs_worker.py"), str(out), json.dumps(tasks))
+    assert process.returncode == 0, process.stderr[-4000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(n)]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What one process makes of it ("single"), and every mesh."""
@@ -154,22 +163,22 @@ def test_every_stage_runs_sharded_and_does_what_one_process_does(staged, degrees
     close(a.state_dict(), b.state_dict(), 2e-3)
     ids = tok.encode("Line 3", bos=True)
     said = "Line 3" + tok.decode(generate(a, [ids], max_new_tokens=12, temperature=0.0, stop=[tok.eos_id])[0])
-    spoken = torchrun(2, "-m", "minillama", "generate", "--model", str(out / "safety"), "--prompt", "Line 3", "--max_new_tokens", "12", "--device", "cpu",
-                      "--parallel.tensor", str(degrees.get("tensor", 1)))  # fmt: skip
-    assert spoken.returncode == 0 and spoken.stdout.strip() == said.strip(), spoken.stderr[-2000:]
-
+    where = ["--model", str(out / "safety"), "--device", "cpu"]
+    speak = ["generate", *where, "--prompt", "Line 3", "--max_new_tokens", "12"]
     if "tensor" in degrees:  # one of the other verbs on each mesh
-        verb, more, lines = ["chat", "--max_new_tokens", "12"], ["--parallel.tensor", "2"], "Tell line 3\nAnd another\n/reset\nTell line 4\n"
+        other, more, lines = ["chat", *where, "--max_new_tokens", "12"], ["--parallel.tensor", "2"], "Tell line 3\nAnd another\n/reset\nTell line 4\n"
     else:
         (root / "text.txt").write_text("Line 3 of the long book tells of 3 boats.\n\nLine 5 of it tells of none.")
-        verb, more, lines = ["eval", "--data", str(root / "text.txt"), "--json"], [], ""
-    verb += ["--model", str(out / "safety"), "--device", "cpu"]
+        other, more, lines = ["eval", *where, "--data", str(root / "text.txt"), "--json"], [], ""
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert cli.main(verb) == 0
+    assert cli.main(other) == 0
     alone = capsys.readouterr().out
-    ranks = torchrun(2, "-m", "minillama", *verb, *more, lines=lines)
-    assert ranks.returncode == 0, ranks.stderr[-2000:]
+    first, second = verbs(2, root / f"verbs-{next(iter(degrees))}", [*speak, *more], [*other, *more], lines=lines)
+    assert [v["status"] for v in first + second] == [0] * 4, (first, second)
+    assert first[0]["out"].strip() == said.strip() and [v["out"] for v in second] == ["", ""]  # one rank speaks
     if lines:
-        assert alone == ranks.stdout and alone.count("\n") == 3
+        assert alone == first[1]["out"] and alone.count("\n") == 3
+        process = torchrun(2, "-m", "minillama", *other, *more, lines=lines)  # and through torchrun, as README has it
+        assert process.returncode == 0 and process.stdout == alone, process.stderr[-2000:]
     else:
-        assert json.loads(alone) == pytest.approx(json.loads(ranks.stdout), rel=1e-4)
+        assert json.loads(alone) == pytest.approx(json.loads(first[1]["out"]), rel=1e-4)

@@ -277,7 +277,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(evidence, pairs, tokeni
         loss_m, n_m, grad_m, batches = gradient(micro)
         assert [len(b["margins"]) for b in batches] == sizes and len({b["tokens"].shape[1] for b in batches}) > 1
         assert n_m == n == 8 and loss_m == pytest.approx(loss, rel=1e-6)
-        torch.testing.assert_close(grad_m, grad, rtol=0, atol=1e-6 * max(1.0, float(grad.abs().max())))
+        torch.testing.assert_close(grad_m, grad, rtol=0, atol=3e-6 * max(1.0, float(grad.abs().max())))  # sums of eight pairs in fp32, in other orders
     assert grad.abs().max() > 1e-2
 
 

@@ -23,7 +23,7 @@ from minillama.tokenizer import Tokenizer
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "benchmarks")]
 import faults  # noqa: E402
 import state_worker as worker  # noqa: E402
-from test_parallel import torchrun  # noqa: E402
+from test_parallel import torchrun, verbs  # noqa: E402
 
 TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. " * (1 + i % 4) for i in range(120)]
 RESUMED = {"fsdp4": {"shard": 4}, "fsdp2-tp2": {"shard": 2, "tensor": 2}, "hsdp": {"replicate": 2, "shard": 2}, "from-one": {"shard": 4},
@@ -201,20 +201,24 @@ def test_wrong_requests_end_on_every_rank_with_the_numbers(stage, tmp_path):
     root, command = stage
     shutil.copytree(root / "whole" / "checkpoint", tmp_path / "other" / "checkpoint")
     c = {"dim": 48, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "max_seq_len": 64}
-    for out, more, expected in [
+    wrong = [
         (tmp_path / "a", ["--train.parallel.shard", "3"], "replicate 1 x shard 3 x tensor 1 does not make the 2 ranks"),
-        (tmp_path / "a", ["--train.parallel.tensor", "2", "--model", json.dumps({**c, "n_kv_heads": 1})], "tensor 2 does not divide n_kv_heads 1"),
         (tmp_path / "a", ["--train.batch_size", "1"], r"batch\D* 1 .*\b2\b"),
         (tmp_path / "other", ["--model", json.dumps({**c, "dim": 24})], r"tok_embeddings.weight has shape \[330, 48\], expected \[330, 24\]"),
         (root / "whole", ["--resume", "false"], "already holds a checkpoint of step 30"),
-    ]:
-        began = time.monotonic()
-        done = run(command(out, *more))
-        lines = [line for line in done.stderr.splitlines() if line.startswith("minillama: ")]
-        assert len(lines) == 2 and all(re.search(expected, line) for line in lines), done.stderr  # one of each rank
-        assert "minillama/cli.py" not in done.stderr and time.monotonic() - began < 60  # the one traceback is torchrun's own
-        codes = re.findall(r"exitcode +: (-?\d+)", done.stderr)
-        assert "2" in codes and set(codes) <= {"2", "-15"}, done.stderr  # torchrun may end one that waits for the other to say its line
+    ]
+    verb = lambda out, more: (argv := command(out, *more))[argv.index("minillama") + 1 :]  # noqa: E731
+    for rank in verbs(2, tmp_path, *(verb(out, more) for out, more, _ in wrong)):
+        for (_, _, expected), said in zip(wrong, rank, strict=True):
+            assert said["status"] == 2 and re.fullmatch(rf"minillama: .*{expected}.*\n", said["err"]), said
+    more, expected = ["--train.parallel.tensor", "2", "--model", json.dumps({**c, "n_kv_heads": 1})], "tensor 2 does not divide n_kv_heads 1"
+    began = time.monotonic()
+    done = run(command(tmp_path / "a", *more))  # and how a job of its own ends
+    lines = [line for line in done.stderr.splitlines() if line.startswith("minillama: ")]
+    assert len(lines) == 2 and all(re.search(expected, line) for line in lines), done.stderr  # one of each rank
+    assert "minillama/cli.py" not in done.stderr and time.monotonic() - began < 60  # the one traceback is torchrun's own
+    codes = re.findall(r"exitcode +: (-?\d+)", done.stderr)
+    assert "2" in codes and set(codes) <= {"2", "-15"}, done.stderr  # torchrun may end one that waits for the other to say its line
 
 
 @pytest.mark.slow
