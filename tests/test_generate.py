@@ -28,7 +28,7 @@ def model():
 def either(request, model, monkeypatch):
     """The model, decoded by either decoder."""
     if request.param == "module":
-        monkeypatch.setattr(g, "_LeanDecoder", g._Decoder)
+        monkeypatch.setattr(g, "LeanDecoder", g.Decoder)
     return model
 
 
@@ -84,10 +84,10 @@ def test_more_room_does_not_change_the_beginning(model):
 
 def test_lean_logits_equal_module_logits(model):
     """The lean decoder folds norms, turns and matrices; each step must give the module's logits, before and after rows leave."""
-    assert g._is_plain(model)
+    assert g.is_plain(model)
     for prompts in (RAGGED, [p[:2] for p in RAGGED], [RAGGED[i] for i in (2, 0, 2, 2)]):  # equal prompts are read once
         with torch.inference_mode():
-            lean, module = g._LeanDecoder(model, prompts, 12), g._Decoder(model, prompts, 12)
+            lean, module = g.LeanDecoder(model, prompts, 12), g.Decoder(model, prompts, 12)
             torch.testing.assert_close(lean.logits, module.logits, rtol=1e-5, atol=1e-5)
             tokens = torch.tensor([3, 50, 12, 60])
             for step in range(10):
@@ -106,13 +106,13 @@ def test_wrapped_models_take_the_module_path(model):
     calls = []
     handle = model.layers[1].feed_forward.register_forward_hook(lambda *a: calls.append(1))
     try:
-        assert not g._is_plain(model)
+        assert not g.is_plain(model)
         out = generate(model, [[1, 5, 9]], max_new_tokens=6, temperature=0)
     finally:
         handle.remove()
     assert out == [greedy_by_hand(model, [1, 5, 9], 6)] and len(calls) == 6
     half = build().to(torch.bfloat16)
-    assert not g._is_plain(half) and len(generate(half, RAGGED, max_new_tokens=5, seed=1)[2]) == 5
+    assert not g.is_plain(half) and len(generate(half, RAGGED, max_new_tokens=5, seed=1)[2]) == 5
 
 
 def test_logprobs_are_the_training_forwards(either):

@@ -16,7 +16,7 @@ SYMBOLS = {  # definitions that are taught elsewhere than the rest of their modu
     "config": {"TokenizerConfig": "01", "LlamaConfig": "05", "GenerateConfig": "06", "ParallelConfig": "09", "TrainConfig": "08", "PretrainConfig": "08",
                "SFTConfig": "12", "GAttConfig": "13", "RewardConfig": "14", "RejectConfig": "15", "PPOConfig": "16", "SafetyConfig": "17"},
 }  # fmt: skip
-TOOLS = {"__init__", "__main__", "_files", "_huggingface", "align", "cli", "demo", "report", "course",  # taught nowhere
+TOOLS = {"__init__", "__main__", "_decode", "_files", "_huggingface", "align", "cli", "demo", "report", "course",  # taught nowhere
          "data/world", "data/gold", "data/hazards"}  # fmt: skip
 NO_HOME = {"config": {"DemoConfig"}, "parallel/mesh": {"absent"}}
 

@@ -1,0 +1,193 @@
+"""What `generate` decodes with: prefill and one token at a time, for any Llama by calling it, for small ones in far fewer calls.
+
+Shapes: B rows of the batch, T prompt time, S time in the cache, D model, H query heads, K key-value heads, G = H/K, Hd head size, F feed-forward
+size, L layers, V vocabulary.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.model import Attention, FeedForward, KVCache, Llama, RMSNorm, TransformerBlock
+
+
+class Decoder:
+    """Prefill and cached decoding by calling the model: right for any Llama, whatever was wrapped around its parts.
+
+    Prompts are padded on the left, so that all rows write to the same cache slot; each row has positions of its own.
+    """
+
+    def __init__(self, model: Llama, prompts: list[list[int]], steps: int):
+        self.model, device = model, model.rope_cos.device
+        lengths = torch.tensor([len(p) for p in prompts])  # [B]
+        T = int(lengths.max())
+        self.max_len = T + steps - 1
+        self.pad = (T - lengths).to(device)  # [B]
+        self.ragged = bool((lengths < T).any())
+        tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # [B,T]
+        mask = positions = None
+        if self.ragged:
+            slots = torch.arange(self.max_len, device=device)
+            self.valid = slots >= self.pad[:, None]  # [B,S]
+            positions = (slots[:T] - self.pad[:, None]).clamp_(min=0)  # [B,T]
+            mask = padded_causal(self.valid[:, :T])  # [B,1,T,T]
+        self.logits = self.prefill(tokens, mask, positions)  # [B,V]
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Logits [B,V] behind the prompts, tokens [B,T]."""
+        self.cache = KVCache(self.model.config, len(tokens), self.max_len)
+        if is_plain(self.model, limit=None):
+            return self.model.output(self.model.features(tokens, mask=mask, positions=positions, cache=self.cache)[:, -1])
+        # what parallelism hangs on the root's forward must run, even if that gives the logits of all positions
+        return self.model(tokens, mask=mask, positions=positions, cache=self.cache)[:, -1]
+
+    def positions(self, length: int) -> Tensor:
+        """Position [B] of the token that a row puts into slot `length`; a finished row that rides along stays inside the tables."""
+        return (length - self.pad).clamp_(max=self.model.config.max_seq_len - 1)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B,V] after one more token [B] a row."""
+        mask = positions = None
+        if self.ragged:
+            length = self.cache.length
+            mask, positions = self.valid[:, None, None, : length + 1], self.positions(length)[:, None]  # [B,1,1,S], [B,1]
+        return self.model(tokens[:, None], mask=mask, positions=positions, cache=self.cache)[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows` [B']."""
+        self.pad = self.pad[rows]
+        if self.ragged:
+            self.valid = self.valid[rows]
+        self.cache.select(rows)
+
+
+class LeanDecoder(Decoder):
+    """The same arithmetic in far fewer calls. One token through a small model is microseconds of arithmetic and a millisecond of
+    Python and dispatch, so calls are what there is to save, and after them memory traffic:
+
+    * norm weights are folded into the matrices that follow, with sqrt(D), which makes RMSNorm x / hypot(|x|, sqrt(D eps));
+    * wq, wk, wv are one matrix, ordered by key-value head (its G queries, its key, its value), and w1, w3 another;
+    * weights are copied to [in, out], which a CPU multiplies up to one and a half times as fast as [out, in] with few rows;
+    * a rotary turn of a pair is one complex multiplication, and values are "turned" by 1, so q, k, v turn in one call;
+    * keys of all layers are one tensor and values another, sliced once a step; residual sums happen inside addmm_;
+    * one query a row attends by two batched matrix products, which on a CPU take an eighth of the fused kernel's time, or, with
+      keys kept as [Hd,S], so that neither product has to turn a matrix over, a twelfth;
+    * a prompt that stands in several rows (the K samples of rejection sampling) is read once, and of the last layer only its end.
+    """
+
+    def __init__(self, model: Llama, prompts: list[list[int]], steps: int):
+        c = model.config
+        self.group, self.kv_heads, self.head_dim = c.n_heads // c.n_kv_heads, c.n_kv_heads, c.head_dim
+        self.embed, self.eps = model.tok_embeddings.weight, torch.tensor((c.dim * c.norm_eps) ** 0.5, device=model.rope_cos.device)
+        self.blocks = []
+        for block in model.layers:
+            a, f = block.attention, block.feed_forward
+            heads = [w.weight.view(c.n_kv_heads, -1, c.dim) for w in (a.wq, a.wk, a.wv)]  # [K, G or 1 times Hd, D] each
+            heads[0] = heads[0] * c.head_dim**-0.5  # the softmax's scale
+            wqkv = _fold(block.attention_norm, torch.cat(heads, dim=1).flatten(0, 1))  # [D, K(G+2)Hd]
+            w13 = _fold(block.ffn_norm, torch.cat([f.w1.weight, f.w3.weight]))  # [D,2F]
+            self.blocks.append((wqkv, a.wo.weight.T.contiguous(), w13, f.w2.weight.T.contiguous()))
+        self.out = _fold(model.norm, model.output.weight)  # [D,V]
+        end = min(max(map(len, prompts)) + steps, c.max_seq_len)
+        turn = torch.complex(model.rope_cos[:end], model.rope_sin[:end]).unsqueeze(1)  # [S',1,Hd/2]
+        turn = torch.cat([turn.expand(-1, self.group + 1, -1), torch.ones_like(turn)], dim=1)  # [S',G+2,Hd/2]
+        self.turn = turn.flatten(1).repeat(1, c.n_kv_heads)  # [S', K(G+2)Hd/2]
+        distinct = {tuple(p): None for p in prompts}
+        number = {p: i for i, p in enumerate(distinct)}
+        self.copies = torch.tensor([number[tuple(p)] for p in prompts], device=self.turn.device)  # [B] row of its prompt among the distinct
+        super().__init__(model, list(distinct), steps)
+        self.pad, self.logits = self.pad[self.copies], self.logits[self.copies]
+        if self.ragged:
+            bias = torch.zeros(self.valid.shape, device=turn.device).masked_fill_(~self.valid, float("-inf"))[self.copies]  # [B,S]
+            self.bias = bias.repeat_interleave(c.n_kv_heads, dim=0).unsqueeze(1)  # [B*K,1,S]
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        (B, T), G, K, Hd = tokens.shape, self.group, self.kv_heads, self.head_dim  # B distinct prompts
+        self.length = T
+        self.values = self.embed.new_empty(len(self.blocks), len(self.copies) * K, self.max_len, Hd)  # [L,B*K,S,Hd]
+        self.keys = self.embed.new_empty(len(self.blocks), len(self.copies) * K, Hd, self.max_len)  # [L,B*K,Hd,S]
+        turn = self.turn[:T] if positions is None else self.turn[positions]  # [T, K(G+2)Hd/2], with B before it
+        x = self.embed[tokens].flatten(0, 1)  # [B*T,D]
+        for layer, (wqkv, wo, w13, w2) in enumerate(self.blocks):
+            qkv = torch.mm(self.norm(x), wqkv).view(B, T, -1)  # [B, T, K(G+2)Hd]
+            qkv.view(torch.complex64).mul_(turn)
+            q, k, v = qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
+            q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]
+            self.keys[layer, ..., :T] = k[self.copies].flatten(0, 1).mT
+            self.values[layer, :, :T] = v[self.copies].flatten(0, 1)
+            causal = mask is None
+            if layer == len(self.blocks) - 1:  # only the end of the prompt is asked for
+                x, q, causal = x.view(B, T, -1)[:, -1].contiguous(), q[:, :, -1:], False
+                mask = None if mask is None else mask[:, :, -1:]
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=True)  # [B,H,T,Hd]
+            self.rest(x, o.transpose(1, 2).reshape(len(x), -1), wo, w13, w2)
+        return torch.mm(self.norm(x), self.out)  # [B,V]
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).hypot_(self.eps)
+
+    def rest(self, x: Tensor, o: Tensor, wo: Tensor, w13: Tensor, w2: Tensor) -> None:
+        """Add to the residual stream x [N,D] what follows attention's o [N,H*Hd] in a block."""
+        x.addmm_(o, wo)
+        gate, up = torch.mm(self.norm(x), w13).chunk(2, dim=1)  # [N,F] each
+        x.addmm_(F.silu(gate).mul_(up), w2)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        B, G, K, Hd, length = tokens.shape[0], self.group, self.kv_heads, self.head_dim, self.length
+        self.length += 1
+        bias = self.bias[..., : length + 1] if self.ragged else None  # [B*K,1,S]
+        turn = self.turn[self.positions(length) if self.ragged else length]  # [B, K(G+2)Hd/2] or [K(G+2)Hd/2]
+        keys, values = self.keys.narrow(3, 0, length + 1).unbind(), self.values.narrow(2, 0, length + 1).unbind()  # L of [B*K,Hd,S] and [B*K,S,Hd]
+        key_slots, value_slots = (x.narrow(2, length, 1).unbind() for x in (self.keys.mT, self.values))  # L of [B*K,1,Hd] each
+        x = self.embed.index_select(0, tokens)  # [B,D]
+        for (wqkv, *others), k, v, key_slot, value_slot in zip(self.blocks, keys, values, key_slots, value_slots, strict=True):
+            qkv = torch.mm(self.norm(x), wqkv)  # [B, K(G+2)Hd]
+            qkv.view(torch.complex64).mul_(turn)
+            q, key, value = qkv.view(B * K, G + 2, Hd).split_with_sizes((G, 1, 1), dim=1)  # [B*K,G,Hd], [B*K,1,Hd] twice
+            key_slot.copy_(key)
+            value_slot.copy_(value)
+            scores = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # [B*K,G,S]
+            o = torch.bmm(scores.softmax(-1), v)  # [B*K,G,Hd]
+            self.rest(x, o.view(B, -1), *others)
+        return torch.mm(self.norm(x), self.out)  # [B,V]
+
+    def positions(self, length: int) -> Tensor:
+        return (length - self.pad).clamp_(max=len(self.turn) - 1)
+
+    def select(self, rows: Tensor) -> None:
+        self.pad = self.pad[rows]
+        rows = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()  # of B*K
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        if self.ragged:
+            self.bias = self.bias[rows]
+
+
+def _fold(norm: RMSNorm, weight: Tensor) -> Tensor:
+    """The weight [N,D] of a linear behind `norm`, to follow a division by |x| alone; as [D,N]."""
+    return (weight * (norm.weight * norm.weight.numel() ** 0.5)).T.contiguous()
+
+
+_PLAIN = (Llama, TransformerBlock, Attention, FeedForward, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding)
+
+
+def is_plain(model: Llama, limit: int | None = 2**26) -> bool:
+    """True if the model is made of its own unhooked modules and plain tensors (no FSDP, DTensor, adapters), and so small, in 32 bits and
+    at most `limit` parameters, that the lean decoder's copies of the weights cost nothing. Without a limit, sizes do not matter."""
+    for m in model.modules():
+        if type(m) not in _PLAIN or m._forward_hooks or m._forward_pre_hooks:
+            return False
+    params = list(model.parameters())
+    if any(type(p) is not nn.Parameter for p in params):
+        return False
+    if limit is None:
+        return True
+    small = sum(p.numel() for p in params) <= limit and all(p.dtype == torch.float32 for p in params)
+    return small and not torch.is_autocast_enabled(params[0].device.type)
+
+
+def padded_causal(valid: Tensor) -> Tensor:
+    """valid [B,T] -> bool [B,1,T,T]: key is real and not after the query. Padding sees itself, as a row of nothing would be NaN."""
+    T = valid.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
+    return (valid[:, None, None] & causal) | torch.eye(T, dtype=torch.bool, device=valid.device)
