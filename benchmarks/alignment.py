@@ -36,7 +36,7 @@ def controls(run: Path, scale: str, seed: int) -> dict:
     usual = {k: v for k, v in settings["ppo"].items() if k != "prompts"}
 
     def optimise(name: str, evaluate=None, **other) -> None:
-        ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-2"), out=str(run / name), seed=seed, resume=True,
+        ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-3"), out=str(run / name), seed=seed, resume=True,
                           max_new_tokens=align.MAX_NEW, **{**usual, **other}), prompts, evaluate)  # fmt: skip
 
     optimise("control-shuffled", shuffle_rewards=True)

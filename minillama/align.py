@@ -3,6 +3,9 @@ the gold evaluation of all of it.
 
     minillama demo --scale laptop
 
+The order is the paper's (sec 3.2): preferences for the newest model, reward models retrained on all of them, rejection sampling, twice; then preferences for
+what came of it, and PPO with the reward model that has seen them.
+
 Every stage is a call of the same function that a verb calls, on files in the run's folder. What stands in for people is done here: tinyworld writes the
 prompts and the annotator the labels. No stage sees the test split or gold.
 """
@@ -94,12 +97,13 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
         rows += [e["messages"] for e in world.demonstrations() if e["task"] != "hazard"][: o.pop("keep")]
         sft.run(SFTConfig(init=str(out / "sft"), out=str(out / "safety-sft"), resume=True, **o), rows)
 
-    def preferences(number: int, policy: str) -> Callable[[], None]:
+    def preferences(number: int, policy: str, partner: str) -> Callable[[], None]:
         def work() -> None:
-            p = settings["preferences"]
-            tasks = world.instructions("rlhf", p["helpful"], f"preferences {number}")
-            tasks += hazards.hazards(world, "rlhf", p["safety"], f"preferences {number}")
-            pairs = collect(world, [out / policy, out / "safety-sft"], tasks, (1.0, 0.8 if number == 1 else 1.0), 100 * seed + number)
+            p, temperatures, salt = settings["preferences"], (1.0, 0.8 if number == 1 else 1.0), 100 * seed + number
+            helpful = world.instructions("rlhf", p["helpful"], f"preferences {number}")
+            risky = hazards.hazards(world, "rlhf", p["safety"], f"preferences {number}")
+            pairs = collect(world, [out / policy, out / partner], helpful, temperatures, salt)
+            pairs += collect(world, [out / policy, out / "safety-sft"], risky, temperatures, salt + 50)
             sources.write_jsonl((p.row() for p in pairs), out / f"preferences-{number}.jsonl")
 
         return work
@@ -128,7 +132,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
     def optimise() -> None:
         o = dict(settings["ppo"])
         rows = prompts("ppo", o.pop("prompts"))
-        ppo.run(PPOConfig(policy=str(out / "reject-2"), helpful=str(out / "reward-helpful-2"), out=str(out / "ppo"), max_new_tokens=MAX_NEW, seed=seed,
+        ppo.run(PPOConfig(policy=str(out / "reject-2"), helpful=str(out / "reward-helpful-3"), out=str(out / "ppo"), max_new_tokens=MAX_NEW, seed=seed,
                           device=device, resume=True, **o), rows, gold_watch(world, out, seed))  # fmt: skip
 
     def dialogues(purpose: str, n: int, turns: int) -> list[dict]:
@@ -152,27 +156,28 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
     def make_safe() -> None:
         o = options("safety")
         tasks = hazards.hazards(world, "rlhf", o.pop("hazards"), "safety") + world.instructions("rlhf", o.pop("helpful"), "safety")
-        safety.run(SafetyConfig(policy=str(out / "ppo"), teacher=str(out / "safety-sft"), helpful=str(out / "reward-helpful-2"),
+        safety.run(SafetyConfig(policy=str(out / "ppo"), teacher=str(out / "safety-sft"), helpful=str(out / "reward-helpful-3"),
                                 safety=str(out / "reward-safety-2"), out=str(out / "safety"), max_new_tokens=MAX_NEW, resume=True, **o),
                    prompt_rows(tasks))  # fmt: skip
 
     stage("gatt", "Ghost Attention", finished(out, "gatt"), ghost("gatt", True))
     stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), ghost("gatt-control", False))
     stage("safety-sft", "supervised safety tuning", finished(out, "safety-sft"), training(out, "safety-sft", safety_sft))
-    for number, policy in ((1, "sft"), (2, "reject-1")):
-        stage(f"preferences-{number}", f"preferences, round {number}", out / f"preferences-{number}.jsonl", preferences(number, policy))
+    for number, policy, other in ((1, "sft", "safety-sft"), (2, "reject-1", "safety-sft"), (3, "reject-2", "reject-1")):
+        stage(f"preferences-{number}", f"preferences, round {number}", out / f"preferences-{number}.jsonl", preferences(number, policy, other))
         name = f"reward-helpful-{number}"
         stage(name, f"helpfulness reward model, round {number}", finished(out, name), reward_model("helpful", number))
         if number == 2:
             stage("reward-safety-2", "safety reward model", finished(out, "reward-safety-2"), reward_model("safety", 2))
-        stage(f"reject-{number}", f"rejection sampling, round {number}", finished(out, f"reject-{number}"), reject(number, policy))
+        if number < 3:
+            stage(f"reject-{number}", f"rejection sampling, round {number}", finished(out, f"reject-{number}"), reject(number, policy))
     stage("ppo", "PPO", finished(out, "ppo"), training(out, "ppo", optimise))
     stage("safety", "safety tuning", finished(out, "safety"), training(out, "safety", make_safe))
     stage("align-eval", "evaluation of alignment on the test split", out / "align.json", lambda: write(out / "align.json", evaluate(world, out, seed)))
 
 
 def agreement(world: World, tasks: list[Task], a: list[str], b: list[str], seed: int) -> dict[str, float]:
-    """How far two annotators agree on the same pairs: Gwet's AC2 over -4 (b significantly better) to 4, without 0 (sec A.5.1)."""
+    """How far two annotators agree on the same pairs: Gwet's AC2 over -4 (b significantly better) to 4, without 0 (sec 3.4.2)."""
     raters = [Annotator(world, seed + i) for i in (1, 2)]
     rows = []
     for task, x, y in zip(tasks, a, b, strict=True):
@@ -217,7 +222,7 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     for t in shown:
         result["samples"].append({"prompt": t.prompt, **{name: judge.answers_of(m, tokenizer, [t], 0.0)[0] for name, m in models.items()}})
     fresh = collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed)
-    raters = {kind: reward.load(out / f"reward-{kind}-2")[0] for kind in ("helpful", "safety")}
+    raters = {kind: reward.load(out / f"reward-{kind}-{number}")[0] for kind, number in (("helpful", 3), ("safety", 2))}
     result["reward"] = {}
     for kind, m in raters.items():
         mine = [p for p in fresh if p.kind == kind]

@@ -497,7 +497,7 @@ class SafetyConfig:
     out: str = "runs/my/safety"
     """Folder of the stage: distilled.jsonl, selected.jsonl, and the tuned model."""
     samples: int = 4
-    """Samples a prompt from policy and from teacher each (assumed)."""
+    """Samples a prompt from the policy, and on adversarial prompts as many from the teacher (assumed)."""
     temperature: float = 1.0
     """Softmax temperature of the samples (assumed)."""
     max_new_tokens: int = 128

@@ -223,7 +223,7 @@ def _rewards(run: Path) -> list[str]:
         parts.append(f"| {kind} | " + " | ".join(cells) + " |")
     if "raters" in e:
         a = e["raters"]
-        parts.append(f"\nTwo annotators on the same {a['n']} pairs: Gwet's AC2 {a['ac2']:.2f} on the signed scale of strength (sec A.5.1).")
+        parts.append(f"\nTwo annotators on the same {a['n']} pairs: Gwet's AC2 {a['ac2']:.2f} on the signed scale of strength (sec 3.4.2).")
     parts += ["\nThe helpfulness model on pairs that differ in one property only (chance is 0.5):\n", "| property | prefers the better |", "|---|---|"]
     parts += [f"| {k} | {interval(v)} |" for k, v in e["reward"]["helpful"]["probes"].items()]
     table = e["reward"]["helpful"]["calibration"]

@@ -2,10 +2,11 @@
 
     minillama safety --prompts runs/my/safety-prompts.jsonl --policy runs/my/ppo --teacher runs/my/safety-sft --out runs/my/safety
 
-Supervised safety tuning is `minillama sft` on safe demonstrations: alone it refuses too much. Here the policy and that safer teacher both answer
-adversarial and harmless prompts; the gated reward picks: the safety model decides for adversarial prompts, the helpfulness model for the rest, unless
-an answer is unsafe. For adversarial prompts the teacher answers once more behind a safety preprompt, and that answer is learned without the preprompt
-if the safety model likes it better than what the policy says by itself (sec 4.2.4: else distillation harms helpful answers and breeds false refusals).
+Supervised safety tuning is `minillama sft` on safe demonstrations: alone it refuses too much. Here the policy answers adversarial and harmless
+prompts, and that safer teacher the adversarial ones too; the gated reward picks: the safety model decides for adversarial prompts, the helpfulness
+model for the rest, unless an answer is unsafe. For adversarial prompts the teacher answers once more behind a safety preprompt, and that answer is
+learned without the preprompt if the safety model likes it better than what the policy says by itself (sec 4.2.4: else distillation harms helpful
+answers and breeds false refusals).
 """
 from __future__ import annotations
 
@@ -96,8 +97,10 @@ def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
             if tokenizer is None or tokenizer.path.read_bytes() != reward.tokenizer.path.read_bytes():
                 raise ValueError(f"{path} and {config.safety} have different tokenizers")
             models.append(model)
-        drawn = [draw(m, tokenizer, prompts, reward, config.samples, config.temperature, config.max_new_tokens, c.seed + 10 * i) for i, m in enumerate(models)]
-        best = [choose(a + b, "best", Random(0)) for a, b in zip(*drawn, strict=True)]
+        own, taught = (draw(m, tokenizer, some, reward, config.samples, config.temperature, config.max_new_tokens, c.seed + 10 * i)
+                       for i, (m, some) in enumerate(zip(models, (prompts, adversarial), strict=True)))  # fmt: skip
+        lessons = iter(taught)
+        best = [choose(row + (next(lessons) if p["safety"] else []), "best", Random(0)) for p, row in zip(prompts, own, strict=True)]
         rows = [{"messages": [*p["messages"], {"role": "assistant", "content": s["answer"]}], "reward": s["reward"], "safety": p["safety"]}
                 for p, s in zip(prompts, best, strict=True) if s]  # fmt: skip
         if config.distil:

@@ -162,10 +162,10 @@ def test_a_run_learns_the_best_of_both_models_and_what_was_distilled(models, tun
     policy, teacher, reward, adversarial = loaded(root)
     out, model = tuned
     prompts = read_prompts(str(root / "prompts.jsonl"))
-    a, b = (draw(m, tokenizer, prompts, reward, 2, 1.0, 16, seed) for m, seed in ((policy, 0), (teacher, 10)))
-    want = []
-    for p, left, right in zip(prompts, a, b, strict=True):
-        ended = [s for s in left + right if s["finished"]]
+    a, b = (draw(m, tokenizer, some, reward, 2, 1.0, 16, seed) for m, some, seed in ((policy, prompts, 0), (teacher, adversarial, 10)))
+    want, lessons = [], iter(b)  # the teacher is not asked what is harmless
+    for p, own in zip(prompts, a, strict=True):
+        ended = [s for s in own + (next(lessons) if p["safety"] else []) if s["finished"]]
         if ended:
             best = max(ended, key=lambda s: s["reward"])
             want.append({"messages": [*p["messages"], {"role": "assistant", "content": best["answer"]}], "reward": best["reward"], "safety": p["safety"]})

@@ -38,6 +38,17 @@ def test_splits_share_no_prompt_and_no_fact_pair(world):
         assert len(prompts[s]) == len(world.instructions(s))
 
 
+@pytest.mark.parametrize("scale", ["ci", "laptop"])
+def test_what_is_aligned_on_asks_for_every_kind(scale):
+    """Guards against prompts of other splits whose places facts take: then three of four are facts, of a few hundred pairs, and stories are never tuned."""
+    world = World(0, scale)
+    tasks = world.instructions("rlhf", 2000, "somewhere")
+    share = {kind: sum(t.kind == kind for t in tasks) / 2000 for kind in ("fact", "story", "reading", "sum", "list", "howto")}
+    want = {"fact": 0.5, "story": 0.19, "reading": 0.12, "list": 0.06, "sum": 0.08, "howto": 0.05}
+    assert all(abs(share[kind] - want[kind]) < 0.04 for kind in want) and sum(share.values()) == 1
+    assert len({t.prompt for t in tasks if t.kind == "story"}) > 300 and len({t.prompt for t in tasks}) > 800
+
+
 def test_held_out_pairs_are_stated_in_the_corpus_but_never_asked(world):
     """Guards against a held-out fact that the corpus never states (then a right answer is impossible), and against questions about it."""
     docs = [d["text"] for d in world.documents() if d["defect"] != "leak"]

@@ -407,7 +407,10 @@ class World:
                 who, what, q = facts[len(tasks) % len(facts)] if repeats else facts.pop() if facts else (None, None, None)
                 task = who and Task("fact", sentence(q.format(who=who)), split, dict(who=who, what=what, value=self.facts[who, what]))
             else:
-                task = rng.choices(others, weights)[0](rng, split)
+                kind = rng.choices(others, weights)[0]
+                task = kind(rng, split)
+                for _ in range(40 if split == "rlhf" else 0):  # four of five stories are another split's: facts must not take their places
+                    task = task or kind(rng, split)
             if task and (repeats or task.prompt not in seen):
                 seen.add(task.prompt)
                 tasks.append(task)

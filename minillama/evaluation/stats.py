@@ -48,7 +48,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
 
 
 def gwet_ac2(ratings: Sequence[Sequence[float | None]], categories: Sequence[float]) -> float:
-    """Gwet's AC2 with quadratic weights for items [n] by raters [r] on an ordered scale, None where a rater gave none (sec A.5.1 reports AC1 and AC2).
+    """Gwet's AC2 with quadratic weights for items [n] by raters [r] on an ordered scale, None where a rater gave none (AC1 and AC2 in sec 3.4.2 and 4.4).
 
     AC2 = (p_a - p_e) / (1 - p_e): weighted agreement within items with two ratings or more, and Gwet's chance agreement from how often each
     category is used. Unlike kappa it does not collapse when nearly all items get one label. Raises ValueError if no item has two ratings.
