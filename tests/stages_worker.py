@@ -42,7 +42,7 @@ def stages(out: Path, tokenizer: str, p: ParallelConfig) -> None:
     rejection.run(RejectConfig(policy=at("gatt"), init=at("pretrain"), out=at("reject"), samples=3, max_new_tokens=9, batch=8, train=c(), **models), prompts)
     ppo.run(PPOConfig(policy=at("reject"), out=at("ppo"), iterations=2, batch_size=8, minibatch=4, max_new_tokens=9, lr=1e-3, eval_every=1, val_fraction=0.2,
                       device="cpu", parallel=p, **models), prompts)  # fmt: skip
-    safety.run(SafetyConfig(policy=at("ppo"), teacher=at("sft"), out=at("safety"), samples=2, max_new_tokens=9, train=c(), **models), prompts)
+    safety.run(SafetyConfig(policy=at("ppo"), teacher=at("sft"), out=at("safety"), samples=2, max_new_tokens=9, epochs=3, train=c(), **models), prompts)
 
 
 if __name__ == "__main__":

@@ -548,7 +548,8 @@ def check_failures(m):
 
 
 def check_safety_run(m):
-    """The best of policy's and teacher's samples by the gated reward, and of the distilled answers those that the gate let pass; the policy is tuned."""
+    """The best of the policy's samples by the gated reward, on adversarial prompts of the teacher's too, and of the distilled answers those that the gate
+    let pass; the policy is tuned."""
     root = stages()[1]
     prompts = [{"messages": messages(f"Tell line {i}"), "safety": i == 0} for i in range(3)]
     calls = []
@@ -556,7 +557,8 @@ def check_safety_run(m):
     def draw(model, t, asked, *a):
         calls.append(asked)
         best = 1 if len(calls) == 1 else 0  # the policy is best on prompt 1, the teacher on the others
-        return [[{"answer": f"{len(calls)} {i}", "reward": 1.0 if (i == 1) == (best == 1) else -1.0, "safety": 0.0, "finished": True}] for i in range(3)]
+        return [[{"answer": f"{len(calls)} {i}", "reward": 1.0 if (i == 1) == (best == 1) else -1.0, "safety": 0.0, "finished": True}]
+                for i in range(len(asked))]  # fmt: skip
 
     def distil(policy, teacher, t, asked, *a):
         calls.append(asked)
@@ -566,8 +568,8 @@ def check_safety_run(m):
         paths = dict(policy=root / "policy", teacher=root / "policy" / "checkpoint", helpful=root / "helpful", safety=root / "harmless", out=folder)
         config = configs.SafetyConfig(**{k: str(v) for k, v in paths.items()}, train=configs.TrainConfig(device="cpu"))
         tuned, items = captured(m, config, prompts, draw=draw, distil=distil)
-    assert calls == [prompts, prompts, prompts[:1]] and tuned.init == config.policy
-    assert [x[-1]["content"] for x in items] == ["2 0", "1 1", "2 2", "distilled 0"]
+    assert calls == [prompts, prompts[:1], prompts[:1]] and tuned.init == config.policy
+    assert [x[-1]["content"] for x in items] == ["2 0", "1 1", "1 2", "distilled 0"]
 
 
 # ---- the annotator -------------------------------------------------------------------------------------------------------------
@@ -830,7 +832,8 @@ MUTANTS = [
     Mutant(safety, "the safest answers are the failures", '[i][0]["safety"])', '[i][0]["safety"], reverse=True)', check_failures),
     Mutant(safety, "distilled against the gate", 'for d in distilled if d["kept"]', "for d in distilled", check_safety_run),
     Mutant(safety, "harmless prompts are distilled", '[p for p in prompts if p["safety"]]', "list(prompts)", check_safety_run),
-    Mutant(safety, "the teacher's samples are not looked at", "choose(a + b,", "choose(a,", check_safety_run),
+    Mutant(safety, "the teacher's samples are not looked at", 'choose(row + (next(lessons) if p["safety"] else []),', "choose(row,", check_safety_run),
+    Mutant(safety, "the teacher answers harmless prompts", "(prompts, adversarial)", "(prompts, prompts)", check_safety_run),
     Mutant(safety, "the teacher is tuned", "SFTConfig(init=config.policy", "SFTConfig(init=config.teacher", check_safety_run),
     # the annotator
     Mutant(preferences, "the worse answer is chosen", "a if first else b, b if first else a", "b if first else a, a if first else b", check_labels),

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"config"},
     {"_files", "tokenizer", "model", "chat"},
-    {"generate", "_huggingface", "checkpoint", "data", "parallel", "trainer"},
+    {"generate", "_decode", "_huggingface", "checkpoint", "data", "parallel", "trainer"},
     {"pretrain", "sft", "gatt", "reward", "rejection", "ppo", "safety", "evaluation"},
     {"demo", "align", "report", "cli", "serve", "course", "__main__"},
 ]
-ALLOWED = {("chat", "tokenizer"), ("checkpoint", "_huggingface"), ("trainer", "checkpoint"), ("trainer", "parallel"), ("generate", "parallel"),
+ALLOWED = {("chat", "tokenizer"), ("checkpoint", "_huggingface"), ("generate", "_decode"), ("trainer", "checkpoint"), ("trainer", "parallel"),
+           ("generate", "parallel"),
            ("checkpoint", "parallel"), ("parallel", "trainer"), ("parallel", "checkpoint"),  # a sharded checkpoint; a rehearsal of the trainer's step
            ("rejection", "sft"), ("rejection", "reward"), ("ppo", "reward"), ("gatt", "sft"), ("safety", "sft"), ("safety", "rejection"), ("safety", "reward"),
            ("evaluation", "reward"), ("evaluation", "gatt"), ("demo", "report"), ("demo", "align"), ("cli", "demo"), ("cli", "report"),

@@ -389,7 +389,11 @@ class World:
     # ---- instructions --------------------------------------------------------------------------------------------------
 
     def instructions(self, split: str, n: int | None = None, purpose: str = "") -> list[Task]:
-        """n tasks of a split, none twice within it, none shared between splits. Default n: the scale's (half its `tasks` for validation)."""
+        """n tasks of a split, none shared between splits, and in `validation` and `test` none twice. Default n: the scale's (half its `tasks` for validation).
+
+        Half are facts, as long as there are any, and in `rlhf` the other kinds have the shares below; in the other splits kinds whose combinations are
+        mostly another split's are rarer in the draw.
+        """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
         rng = self.rng(f"instructions:{split}:{purpose}")
