@@ -93,9 +93,8 @@ class LeanDecoder(Decoder):
         turn = torch.complex(model.rope_cos[:end], model.rope_sin[:end]).unsqueeze(1)  # [S',1,Hd/2]
         turn = torch.cat([turn.expand(-1, self.group + 1, -1), torch.ones_like(turn)], dim=1)  # [S',G+2,Hd/2]
         self.turn = turn.flatten(1).repeat(1, c.n_kv_heads)  # [S', K(G+2)Hd/2]
-        distinct = {tuple(p): None for p in prompts}
-        number = {p: i for i, p in enumerate(distinct)}
-        self.copies = torch.tensor([number[tuple(p)] for p in prompts], device=self.turn.device)  # [B] row of its prompt among the distinct
+        distinct: dict[tuple[int, ...], int] = {}
+        self.copies = torch.tensor([distinct.setdefault(tuple(p), len(distinct)) for p in prompts], device=self.turn.device)  # [B] its prompt's row there
         super().__init__(model, list(distinct), steps)
         self.pad, self.logits = self.pad[self.copies], self.logits[self.copies]
         if self.ragged:
