@@ -1,5 +1,5 @@
 """`python -m minillama VERB ...` does what `minillama VERB ...` does, without the console script."""
-from minillama.cli import main
+from minillama.cli import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

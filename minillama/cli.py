@@ -497,3 +497,21 @@ def _fail(message: str, status: int) -> int:
     if job and status == 2:
         time.sleep(2)  # torchrun ends the other ranks as soon as one is gone: let each say what is wrong
     return status
+
+
+def run() -> None:
+    """Run a verb and end the process with its exit status: what `minillama` and `python -m minillama` call.
+
+    A rank of a job ends without Python's own clean-up: a thread of gloo that still holds a tensor of the last collective when the interpreter goes
+    would abort it, and torchrun would report a job that has done all its work as failed.
+    """
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    if status == 0:  # else another rank may be waited for
+        from minillama.parallel import mesh
+
+        mesh.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

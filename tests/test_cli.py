@@ -85,3 +85,13 @@ def test_a_full_disk_is_status_1_and_loses_nothing(tmp_path):
     assert out.returncode == 1 and len(out.stderr.strip().splitlines()) == 1, out.stderr
     assert load_state(tmp_path / "o" / "checkpoint")[0] == 2
     load(tmp_path / "o")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_rank_of_a_job_ends_without_the_interpreters_clean_up(ranks, status):
+    """Guards against gloo's threads, which abort a process (status -6) whose interpreter goes first: in a job of four, one end in three."""
+    code = f"import atexit; from minillama import cli; atexit.register(print, 'cleaned up'); cli.main = lambda: print('done') or {status}; cli.run()"
+    job = {"RANK": "0", "WORLD_SIZE": str(ranks)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **job})
+    assert (done.returncode, done.stdout) == (status, "done\ncleaned up\n" if ranks == 1 else "done\n"), done
