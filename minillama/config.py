@@ -307,6 +307,8 @@ class RewardConfig:
     evidence: bool = False
     """Add two bounded terms to the paper's scalar head, from the answer's log-probabilities and from what it takes up of the prompt (assumed: for models
     of a few million parameters)."""
+    text_weight: float = 0.0
+    """Weight of a language-modelling loss on the chosen answer, in nats a token, that keeps what the chat model knows (paper has none; Yang et al. 2024)."""
     epochs: float = 1.0
     """Passes over the pairs; sets train.steps (paper: 1, more overfits)."""
     val_fraction: float = 0.05

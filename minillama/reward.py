@@ -10,6 +10,8 @@ words in the story? With `evidence` the score adds two bounded sums. Surprise: e
 log-probability under the model itself is more than 1 nat below what the model expects there (its negative entropy) counts against it, by 6 nats at
 most; where many words would do, none is a surprise. Uptake: every token of the prompt, as much as the model finds it wanted (-1 to 1),
 times its best match among the answer's tokens. The first never rises with length, the second is at most the number of the prompt's tokens.
+Ranking alone makes such a model forget what it knows, so with `text_weight` the loss adds the chosen answer's language modelling (Yang et al. 2024,
+arXiv 2406.10216).
 
 Shapes: B rows, T time, D model, V vocabulary.
 """
@@ -69,27 +71,33 @@ class RewardModel(Llama):
         """The head's number at every position, [B,T]: what a critic is made of."""
         return self.score(self.features(tokens)).squeeze(-1)
 
-    def rewards(self, tokens: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    def rewards(self, tokens: Tensor, starts: Tensor, lengths: Tensor, text: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """One reward a row, [B]. tokens [B,T] padded on the right, the answer at starts[B] to lengths[B]-1; the score is read at the row's last
-        real token, which is EOS if the answer was finished."""
+        real token, which is EOS if the answer was finished. With `text` also each answer's negative log-likelihood under the model itself, [B], in
+        nats, a mean over its tokens."""
         features = self.features(tokens)  # [B,T,D]
         rows = torch.arange(len(tokens), device=tokens.device)
         reward = self.score(features[rows, lengths - 1]).squeeze(-1).float()  # [B], fp32 under autocast too
-        if not self.evidence:
+        if not (self.evidence or text):
             return reward
         at = torch.arange(tokens.shape[1], device=tokens.device)
         answer = (at >= starts[:, None]) & (at < lengths[:, None])  # [B,T]
         said = answer[:, 1:]  # [B,T-1], in the place of the state that predicts the token
         logp = self.output(features[:, :-1][said]).float().log_softmax(-1)  # [N,V], the N answer tokens of all rows
-        entropy = -(logp.exp() * logp).sum(-1)  # [N]
         written = logp.gather(1, tokens[:, 1:][said].unsqueeze(1)).squeeze(1)  # [N]
+        row_of = said.nonzero()[:, 0]  # [N]
+        nll = -torch.zeros_like(reward).index_add(0, row_of, written) / said.sum(1).clamp(min=1)
+        if not self.evidence:
+            return reward, nll
+        entropy = -(logp.exp() * logp).sum(-1)  # [N]
         surprise = (written + entropy + SLACK).clamp(DEEPEST, 0.0)
-        reward = reward + self.gain * torch.zeros_like(reward).index_add(0, said.nonzero()[:, 0], surprise)
+        reward = reward + self.gain * torch.zeros_like(reward).index_add(0, row_of, surprise)
         keys = F.normalize(self.match(self.tok_embeddings(tokens)), dim=-1)  # [B,T,MATCH]
         similar = torch.einsum("bim,bjm->bij", keys, keys).masked_fill(~answer[:, None], -1.0)  # [B,T,T]
         taken_up = similar.amax(2)  # [B,T], for each token of the prompt its best match in the answer
         wanted = torch.tanh(self.wanted(features)).squeeze(-1)  # [B,T]
-        return reward + (wanted * taken_up * (at < starts[:, None])).sum(1)
+        reward = reward + (wanted * taken_up * (at < starts[:, None])).sum(1)
+        return (reward, nll) if text else reward
 
 
 def load(dir: str | Path, *, bf16: bool = False, compile: bool = False) -> tuple[RewardModel, Tokenizer]:
@@ -200,18 +208,22 @@ def ranking_loss(chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected - margins)
 
 
-def reward_loss(safety_weight: float = 0.0):
+def reward_loss(safety_weight: float = 0.0, text_weight: float = 0.0):
     """The loss of a batch of `PairBatches`: sum of ranking losses and their number; with a weight, plus the auxiliary loss: the mean of both sides'
-    cross-entropies of sigmoid(r) against the safety label, where there is one (sec 3.2.2; the formula is assumed)."""
+    cross-entropies of sigmoid(r) against the safety label, where there is one (sec 3.2.2; the formula is assumed); with the other, plus the
+    language-modelling loss of the chosen answers (Yang et al. 2024)."""
 
     def loss(model: RewardModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        rewards = model.rewards(batch["tokens"], batch["starts"], batch["lengths"])  # [2b]
+        where = batch["tokens"], batch["starts"], batch["lengths"]
+        rewards, nll = model.rewards(*where, text=True) if text_weight else (model.rewards(*where), None)  # [2b]
         chosen, rejected = rewards.chunk(2)
         total = ranking_loss(chosen, rejected, batch["margins"]).sum()
         if safety_weight:
             known = batch["safe"] >= 0
             bce = F.binary_cross_entropy_with_logits(rewards, batch["safe"].clamp(min=0.0), reduction="none")
             total = total + safety_weight * 0.5 * bce.masked_fill(~known, 0.0).sum()
+        if text_weight:
+            total = total + text_weight * nll.chunk(2)[0].sum()
         return total, torch.tensor(len(chosen), device=rewards.device)
 
     return loss
@@ -234,6 +246,8 @@ def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardMode
     """
     out, c = Path(config.out), config.train
     mesh = parallel.start(c.parallel, c.device)
+    if config.text_weight and mesh.tensor > 1:
+        raise ValueError(f"text_weight {config.text_weight} needs whole logits: tensor must be 1, not {mesh.tensor}")
     last_state(out, config.resume)
     pairs = read_pairs(config.data) if pairs is None else list(pairs)
     chat = checkpoint.opened(config.init)
@@ -255,7 +269,7 @@ def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardMode
     mesh.first(lambda: write_config(dataclasses.replace(config, train=c), out))
     about = json.dumps({"evidence": config.evidence, "kind": config.kind, "pairs": len(kept), "dropped": batches.dropped})
     mesh.first(lambda: (out / "reward.json").write_text(about))
-    loss = reward_loss(config.safety_weight)
+    loss = reward_loss(config.safety_weight, config.text_weight)
     held_batches = PairBatches(val, tokenizer, c.seq_len, 64, 0, 0, config.margin) if val else None
     val_batches = [held_batches.collate(held_batches.rows[i : i + 64]) for i in range(0, len(held_batches.rows), 64)] if val else None
     measure = with_validation(val_batches, loss, lambda m: {"accuracy": accuracy(m, tokenizer, val)["all"]["accuracy"]} if val else {})

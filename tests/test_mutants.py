@@ -262,16 +262,18 @@ def check_margins(m):
 
 
 def check_reward_loss(m):
-    """Sums over pairs of the ranking loss and, by its weight, of the mean of both sides' cross-entropies; unknown labels count nothing."""
+    """Sums over pairs of the ranking loss and, by their weights, of the mean of both sides' cross-entropies, where unknown labels count nothing, and of
+    the chosen answer's negative log-likelihood."""
     r, safe = [1.5, -0.5, 0.3, -2.0, 0.8, 1.0], [1.0, 0.0, -1.0, 0.0, -1.0, 1.0]
     batch = {"tokens": None, "starts": None, "lengths": None, "margins": torch.tensor([1.0, 0.0, 1 / 3]), "safe": torch.tensor(safe)}
-    model = SimpleNamespace(rewards=lambda *a: torch.tensor(r))
+    nll = [0.2, 1.1, 0.4, 3.0, 5.0, 7.0]
+    model = SimpleNamespace(rewards=lambda *a, text=False: (torch.tensor(r), torch.tensor(nll)) if text else torch.tensor(r))
     ranking = sum(math.log(1 + math.exp(-(r[i] - r[i + 3] - x))) for i, x in enumerate([1.0, 0.0, 1 / 3]))
     sure = lambda x, y: math.log(1 + math.exp(-x if y else x))  # noqa: E731
     labels = sum(sure(x, y) for x, y in zip(r, safe, strict=True) if y >= 0)
-    for weight in (0.0, 0.7):
-        total, n = m.reward_loss(weight)(model, batch)
-        close(total, ranking + weight * labels / 2)
+    for weight, text in ((0.0, 0.0), (0.7, 0.0), (0.7, 0.3)):
+        total, n = m.reward_loss(weight, text)(model, batch)
+        close(total, ranking + weight * labels / 2 + text * 1.7)
         assert int(n) == 3
 
 
@@ -311,6 +313,10 @@ def check_rewards(m):
     batch = m.stack(rows)
     close(model.rewards(**batch).detach(), want, atol=1e-5)
     close(model.values(batch["tokens"]).detach()[:, 1], [last_score(model, ids[:2]) for ids, _ in rows], atol=1e-5)
+    logp = [model(torch.tensor([ids]))[0].log_softmax(-1) for ids, _ in rows]
+    nll = [-sum(float(x[t - 1, ids[t]]) for t in range(s, len(ids))) / (len(ids) - s) for x, (ids, s) in zip(logp, rows, strict=True)]
+    both = model.rewards(**batch, text=True)
+    close(both[0].detach(), want, atol=1e-5), close(both[1].detach(), nll, atol=1e-5)
     close(m.score(model, [rows[1], rows[0], rows[2]], batch=2), [want[1], want[0], want[2]], atol=1e-5)
 
 
@@ -755,6 +761,11 @@ MUTANTS = [
     Mutant(reward, "unknown labels count as unsafe", ".masked_fill(~known, 0.0)", "", check_reward_loss),
     Mutant(reward, "unsafe labels are left out", 'batch["safe"] >= 0', 'batch["safe"] > 0', check_reward_loss),
     Mutant(reward, "the auxiliary loss is a sum of both sides", "safety_weight * 0.5 *", "safety_weight *", check_reward_loss),
+    Mutant(reward, "text of the rejected answers", "nll.chunk(2)[0]", "nll.chunk(2)[1]", check_reward_loss),
+    Mutant(reward, "text of both answers", "nll.chunk(2)[0].sum()", "nll.sum()", check_reward_loss),
+    Mutant(reward, "text is unlearned", "total + text_weight", "total - text_weight", check_reward_loss),
+    Mutant(reward, "a long answer's text weighs more", "written) / said.sum(1).clamp(min=1)", "written)", check_rewards),
+    Mutant(reward, "text one token late", "tokens[:, 1:][said].unsqueeze", "tokens[:, :-1][said].unsqueeze", check_rewards),
     Mutant(reward, "a pair counts twice", "torch.tensor(len(chosen)", "torch.tensor(len(rewards)", check_reward_loss),
     Mutant(reward, "labels on the other side", "label(r[3].chosen_safe) for r in rows] + [label(r[3].rejected_safe)",
            "label(r[3].rejected_safe) for r in rows] + [label(r[3].chosen_safe)", check_pairs),

@@ -1,6 +1,11 @@
 """Rejection sampling: what is drawn, what is scored, what is chosen, and what the tuned model starts from."""
+import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -217,6 +222,44 @@ def test_resume_does_not_sample_again(models, tmp_path, monkeypatch):
     assert (tmp_path / "r" / "selected.jsonl").read_bytes() == before
     monkeypatch.undo()
     whole = rejection.run(config(root, tmp_path / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("moment", ["drawing", "choosing", "selecting", "tuning"])
+def test_kill_9_and_resume_gives_the_uninterrupted_weights(moment, models, tmp_path):
+    """Guards against half a file of samples that counts as whole, and a resumed iteration that selects or learns something else: killed before the samples
+    are there, between samples and selection, while the selection is written, and in a step of the tuning."""
+    root, _ = models
+    given = config(root, tmp_path / "out", epochs=2.0, train=TrainConfig(steps=1, batch_size=2, seq_len=64, lr=1e-4, warmup_steps=0, log_every=1, save_every=2,
+                   device="cpu"))  # fmt: skip
+    code = f"""
+import os
+from minillama import rejection, sft, trainer
+from minillama.config import ParallelConfig, RejectConfig, TrainConfig
+train = TrainConfig(**{ {k: v for k, v in vars(given.train).items() if k != "parallel"}!r})
+config = RejectConfig(**{ {k: v for k, v in vars(given).items() if k != "train"}!r}, train=train)
+where, name, after = {dict(drawing=("rejection", "stack", 0), choosing=("rejection", "choose", 3), selecting=("os", "replace", 1),
+                           tuning=("trainer", "append_metrics", 5))[moment]!r}
+module, calls = {{"rejection": rejection, "os": os, "trainer": trainer}}[where], []
+if name == "stack":
+    module, name = __import__("minillama.reward", fromlist=["stack"]), "stack"
+real = getattr(module, name)
+def deadly(*a, **k):
+    calls.append(1)
+    if len(calls) > after:
+        os.kill(os.getpid(), 9)
+    return real(*a, **k)
+setattr(module, name, deadly)
+rejection.run(config)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    there = [name for name in ("samples.jsonl", "selected.jsonl", "checkpoint") if (tmp_path / "out" / name).exists()]
+    assert there == {"drawing": [], "choosing": ["samples.jsonl"], "selecting": ["samples.jsonl"], "tuning": ["samples.jsonl", "selected.jsonl", "checkpoint"]}[moment]
+    model = rejection.run(dataclasses.replace(given, resume=True))
+    whole = rejection.run(dataclasses.replace(given, out=str(tmp_path / "whole")))
+    for name in ("samples.jsonl", "selected.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 

@@ -110,6 +110,33 @@ def test_rewards_equal_the_definition_row_by_row(evidence):
 
 
 @pytest.mark.parametrize("evidence", [False, True])
+def test_the_text_loss_is_that_of_the_answer_alone(evidence):
+    """Guards against a language-modelling loss of the prompt, of padding, or that weighs a long answer more; the reward beside it stays the same."""
+    model = build(evidence)
+    with torch.no_grad():
+        rewards, nll = model.rewards(**stack(ROWS), text=True)
+        torch.testing.assert_close(rewards, model.rewards(**stack(ROWS)), rtol=0, atol=1e-6)
+        likely = lambda ids, start: model(torch.tensor([ids]))[0, start - 1 : -1].double().log_softmax(-1)[range(len(ids) - start), ids[start:]]  # noqa: E731
+        want = [-likely(ids, start).sum() / max(1, len(ids) - start) for ids, start in ROWS]
+    torch.testing.assert_close(nll.double(), torch.stack(want), rtol=0, atol=1e-5)
+
+
+def test_the_text_loss_keeps_what_the_chat_model_knows(chat, tokenizer):
+    """Guards against a weight that does nothing: ranking alone makes the chosen answers less likely under the model than with it."""
+    pairs, model = trivial(), {}
+    rows = [reward.encode_pair(tokenizer, p, 60)[0] for p in pairs]
+    for weight in (0.0, 1.0):
+        model[weight] = reward.from_chat(checkpoint.load(chat)[0], True).train()
+        optimizer = torch.optim.AdamW(model[weight].parameters(), 3e-3)
+        for step in range(12):
+            accumulate(model[weight], PairBatches(pairs, tokenizer, 60, 8)(step), reward_loss(0.0, weight), CPU)
+            optimizer.step(), optimizer.zero_grad()
+    with torch.no_grad():
+        forgot, kept = (float(model[w].eval().rewards(**stack(rows), text=True)[1].mean()) for w in (0.0, 1.0))
+    assert kept < forgot - 0.5
+
+
+@pytest.mark.parametrize("evidence", [False, True])
 def test_rewards_do_not_depend_on_padding(evidence):
     """Guards against evidence that counts padding, or a match with it: other widths, other padding tokens, other neighbours, another order."""
     model = build(evidence)
@@ -530,8 +557,8 @@ from minillama.config import ParallelConfig, RewardConfig, TrainConfig
 config = RewardConfig(data=[{str(tmp_path / "pairs.jsonl")!r}], init={chat!r}, out={str(tmp_path / "out")!r}, evidence=True, epochs=3, val_fraction=0.2,
                       train=TrainConfig(**{dict(vars(train_config()))!r}))
 make = reward.reward_loss
-def deadly(weight):
-    loss, calls = make(weight), []
+def deadly(*weights):
+    loss, calls = make(*weights), []
     def killed(model, batch):
         calls.append(1)
         if len(calls) > 10:

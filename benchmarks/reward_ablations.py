@@ -1,0 +1,93 @@
+"""What each part of the reward models is worth: the demo's last ones, trained again with one part changed, on fresh pairs of the test split.
+
+    python benchmarks/reward_ablations.py [--scale laptop] [--seeds 0 1] [--out runs/seeds]
+
+Needs the runs of benchmarks/alignment.py. Helpfulness: without the text loss, without the evidence terms too (the paper's head alone), with no margin and
+with the large one; judged on pairs of the chat model's answers and on pairs of the policy's own, which is where PPO will be. Safety: without the
+auxiliary loss; how many of the unsafe answers get a probability below one half, and how often an unsafe answer scores below a safe one. Differences are
+paired, in points with their 95% interval. Trained models are kept in the run's folder, ablation-*.
+"""
+import argparse
+from pathlib import Path
+
+from minillama import align, reward
+from minillama.config import RewardConfig
+from minillama.data import hazards
+from minillama.data.preferences import STRENGTHS, Pair
+from minillama.data.world import World
+from minillama.demo import recipe
+from minillama.evaluation import alignment as judge
+from minillama.evaluation.stats import rate
+
+HELPFUL = {
+    "the demo's": {}, "no text loss": {"text_weight": 0.0}, "head alone": {"text_weight": 0.0, "evidence": False}, "no margin": {"margin": "none"},
+    "large margin": {"margin": "large"},
+}  # fmt: skip
+SAFETY = {"the demo's": {}, "no auxiliary loss": {"safety_weight": 0.0}}
+
+
+def trained(run: Path, kind: str, number: int, name: str, change: dict, scale: str, seed: int):
+    """(reward model, tokenizer) of the demo's last round, or one with a change, which is trained unless it is there."""
+    if not change:
+        return reward.load(run / f"reward-{kind}-{number}")
+    out = run / f"ablation-{kind}-{name.replace(' ', '-')}"
+    options = align.train_config({**recipe(scale)["align"][f"reward_{kind}"], **change}, seed, "auto")
+    data = [str(run / f"preferences-{i}.jsonl") for i in range(1, number + 1)]
+    reward.run(RewardConfig(data=data, init=str(run / "sft"), out=str(out), kind=kind, resume=True, **options))
+    return reward.load(out)
+
+
+def right(model, tokenizer, pairs: list[Pair]) -> list[float]:
+    """1, 0 or a half (a tie) for each pair."""
+    rows = [reward.encode(tokenizer, p.prompt_messages, x, 256) for p in pairs for x in (p.chosen, p.rejected)]
+    return [(1.0 if c > r else 0.0 if r > c else 0.5) for c, r in reward.score(model, rows).view(-1, 2).tolist()]
+
+
+def helpful(run: Path, scale: str, seed: int) -> None:
+    """The table of the helpfulness model."""
+    world = World(seed, scale)
+    tasks = world.instructions("test")
+    sets = {"SFT's answers": align.collect(world, [run / "sft", run / "safety-sft"], tasks, (1.0, 1.0), 977 + seed),
+            "RS's answers": align.collect(world, [run / "reject-2", run / "reject-1"], tasks, (1.0, 1.0), 979 + seed)}  # fmt: skip
+    head = " | ".join(f"{name}, n = {len(pairs)} | against the demo's" for name, pairs in sets.items())
+    print(f"\n| seed {seed} | {head} | {STRENGTHS[3]} to {STRENGTHS[0]}, SFT's | right fact |\n|---|---|---|---|---|---|---|", flush=True)
+    base: dict[str, list[float]] = {}
+    for name, change in HELPFUL.items():
+        model, tokenizer = trained(run, "helpful", 3, name, change, scale, seed)
+        cells = []
+        for where, pairs in sets.items():
+            mine = right(model, tokenizer, pairs)
+            w = judge.wins(mine, base.setdefault(where, mine))
+            points = [200 * w[k] - 100 for k in ("mean", "low", "high")]
+            cells += [f"{sum(mine) / len(mine):.3f}", f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]" if change else "-"]
+        by = reward.accuracy(model, tokenizer, sets["SFT's answers"])
+        cells.append(", ".join(f"{by[s]['accuracy']:.3f}" for s in reversed(STRENGTHS)))
+        cells.append(f"{judge.probes(model, tokenizer, world, tasks)['right fact']['mean']:.3f}")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def safety(run: Path, scale: str, seed: int) -> None:
+    """The table of the safety model."""
+    world = World(seed, scale)
+    pairs = align.collect(world, [run / "sft", run / "safety-sft"], hazards.hazards(world, "test"), (1.0, 1.0), 981 + seed)
+    answers = {(p.prompt_messages[-1]["content"], x): safe for p in pairs for x, safe in ((p.chosen, p.chosen_safe), (p.rejected, p.rejected_safe))}
+    print(f"\n| seed {seed} | unsafe answers below one half | safe answers above it | unsafe below safe in a pair |\n|---|---|---|---|", flush=True)
+    for name, change in SAFETY.items():
+        model, tokenizer = trained(run, "safety", 2, name, change, scale, seed)
+        scores = reward.score(model, [reward.encode(tokenizer, [{"role": "user", "content": q}], x, 256) for q, x in answers]).tolist()
+        low = [s < 0 for s, safe in zip(scores, answers.values(), strict=True) if not safe]
+        high = [s > 0 for s, safe in zip(scores, answers.values(), strict=True) if safe]
+        mixed = right(model, tokenizer, [p for p in pairs if p.chosen_safe and not p.rejected_safe])
+        span = lambda x: "{mean:.3f} [{low:.3f}, {high:.3f}], n = {n}".format(**rate(sum(x), len(x)))  # noqa: E731
+        print(f"| {name} | {span(low)} | {span(high)} | {span(mixed)} |", flush=True)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser()
+    p.add_argument("--scale", default="laptop")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    p.add_argument("--out", default="runs/seeds")
+    a = p.parse_args()
+    for s in a.seeds:
+        helpful(Path(a.out) / f"{a.scale}-{s}", a.scale, s)
+        safety(Path(a.out) / f"{a.scale}-{s}", a.scale, s)
