@@ -2,10 +2,11 @@
 
     python benchmarks/alignment.py [--scale laptop] [--seeds 0 1 2] [--out runs/seeds] [--controls]
 
-Finished runs are read, not repeated. --controls adds, for each seed, rejection sampling that keeps a random sample of those that ended, and PPO with every
-reward given to another answer; both start where the real ones start and are judged on the same test prompts. The control of rejection sampling still
-drops answers that never ended, which is itself a selection. It also lets PPO's KL go (no penalty, twice the learning rate), with gold on the validation split
-beside the reward model's reward: the report then has the curve of over-optimisation.
+Finished runs are read, not repeated. --controls adds, for each seed, rejection sampling that keeps a random sample of those that ended, drawn at T = 1 (at a
+lower temperature the samples themselves are better than the policy), and PPO with every reward given to another answer; both start where the real ones
+start and are judged on the same test prompts. The control of rejection sampling still drops answers that never ended, which is itself a selection. It also
+lets PPO's KL go (no penalty, four times the learning rate) against the reward model of the first round, which has not seen what the policy became, with
+gold on the validation split beside the reward: the report then has the curve of over-optimisation.
 """
 import argparse
 import json
@@ -13,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minillama import align, ppo, rejection, report
+from minillama import align, rejection, report
 from minillama.checkpoint import load
-from minillama.config import PPOConfig, RejectConfig
+from minillama.config import RejectConfig
 from minillama.data.preferences import STRENGTHS
 from minillama.data.world import World
 from minillama.demo import recipe
@@ -29,18 +30,14 @@ def controls(run: Path, scale: str, seed: int) -> dict:
     if path.exists():
         return json.loads(path.read_text())
     prompts = [{**r, "safety": False} for r in align.prompt_rows(world.instructions("rlhf", settings["reject"]["prompts"], "controls"))]
-    o = align.train_config(settings["reject"], seed, "auto")
+    o = align.train_config({**settings["reject"], "temperature": 1.0}, seed, "auto")
     o.pop("prompts")
     rejection.run(RejectConfig(policy=str(run / "sft"), init=str(run / "sft"), helpful=str(run / "reward-helpful-1"), out=str(run / "control-random"),
                                max_new_tokens=align.MAX_NEW, select="random", resume=True, **o), prompts)  # fmt: skip
-    usual = {k: v for k, v in settings["ppo"].items() if k != "prompts"}
-
-    def optimise(name: str, evaluate=None, **other) -> None:
-        ppo.run(PPOConfig(policy=str(run / "reject-2"), helpful=str(run / "reward-helpful-3"), out=str(run / name), seed=seed, resume=True,
-                          max_new_tokens=align.MAX_NEW, **{**usual, **other}), prompts, evaluate)  # fmt: skip
-
-    optimise("control-shuffled", shuffle_rewards=True)
-    optimise("control-free", align.gold_watch(world, run, seed), beta=0.0, lr=2 * usual["lr"], iterations=40, eval_every=5)
+    usual = settings["ppo"]
+    align.optimise(world, run, usual, seed, "auto", name="control-shuffled", shuffle_rewards=True)
+    align.optimise(world, run, usual, seed, "auto", helpful="reward-helpful-1", name="control-free", beta=0.0, lr=4 * usual["lr"],
+                   iterations=40, eval_every=5)  # fmt: skip
     free = [r for r in report.read_metrics(run / "control-free" / "metrics.jsonl") if "eval/gold" in r]
     tasks = world.instructions("test")
     gold = {}

@@ -1,16 +1,18 @@
 """What each part of the reward models is worth: the demo's last ones, trained again with one part changed, on fresh pairs of the test split.
 
-    python benchmarks/reward_ablations.py [--scale laptop] [--seeds 0 1] [--out runs/seeds]
+    python benchmarks/reward_ablations.py [--scale laptop] [--seeds 0 1] [--out runs/seeds] [--ppo]
 
 Needs the runs of benchmarks/alignment.py. Helpfulness: without the text loss, without the evidence terms too (the paper's head alone), with no margin and
 with the large one; judged on pairs of the chat model's answers and on pairs of the policy's own, which is where PPO will be. Safety: without the
 auxiliary loss; how many of the unsafe answers get a probability below one half, and how often an unsafe answer scores below a safe one. Differences are
-paired, in points with their 95% interval. Trained models are kept in the run's folder, ablation-*.
+paired, in points with their 95% interval. --ppo also lets PPO optimise the reward model without the text loss, from where the demo's PPO starts. What is
+trained is kept in the run's folder, ablation-*.
 """
 import argparse
 from pathlib import Path
 
 from minillama import align, reward
+from minillama.checkpoint import load
 from minillama.config import RewardConfig
 from minillama.data import hazards
 from minillama.data.preferences import STRENGTHS, Pair
@@ -82,12 +84,30 @@ def safety(run: Path, scale: str, seed: int) -> None:
         print(f"| {name} | {span(low)} | {span(high)} | {span(mixed)} |", flush=True)
 
 
+def policy(run: Path, scale: str, seed: int) -> None:
+    """PPO's gain on rejection sampling with and without the text loss in its reward model."""
+    world = World(seed, scale)
+    trained(run, "helpful", 3, "no text loss", HELPFUL["no text loss"], scale, seed)
+    align.optimise(world, run, recipe(scale)["align"]["ppo"], seed, "auto", helpful="ablation-helpful-no-text-loss", name="ablation-ppo")
+    tasks, gold = world.instructions("test"), {}
+    for name in ("reject-2", "ppo", "ablation-ppo"):
+        model, tokenizer = load(run / name)
+        gold[name] = judge.helpfulness(world, tasks, judge.answers_of(model, tokenizer, tasks, 1.0, seed))
+    print(f"\n| seed {seed}, T = 1 | wins against RS |\n|---|---|")
+    for name in ("ppo", "ablation-ppo"):
+        won = judge.wins(gold[name], gold["reject-2"])
+        print("| {} | {mean:.3f} [{low:.3f}, {high:.3f}] |".format("the demo's" if name == "ppo" else "no text loss", **won), flush=True)
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
     p.add_argument("--scale", default="laptop")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     p.add_argument("--out", default="runs/seeds")
+    p.add_argument("--ppo", action="store_true", help="run PPO too")
     a = p.parse_args()
     for s in a.seeds:
         helpful(Path(a.out) / f"{a.scale}-{s}", a.scale, s)
         safety(Path(a.out) / f"{a.scale}-{s}", a.scale, s)
+        if a.ppo:
+            policy(Path(a.out) / f"{a.scale}-{s}", a.scale, s)

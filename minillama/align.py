@@ -84,6 +84,20 @@ def gold_watch(world: World, out: Path, seed: int, n: int = 300) -> Callable[[ob
     return measure
 
 
+def mixed_prompts(world: World, purpose: str, n: int) -> list[dict]:
+    """Helpful prompts and, so that those skills are not forgotten, one harmless or harmful request for each eight of them."""
+    tasks = world.instructions("rlhf", n, purpose) + hazards.hazards(world, "rlhf", n // 8, purpose)
+    return [{**row, "safety": False} for row in prompt_rows(tasks)]  # helpfulness only: safety has its own stage
+
+
+def optimise(world: World, out: Path, settings: dict, seed: int, device: str, helpful: str = "reward-helpful-3", name: str = "ppo", **other) -> None:
+    """PPO from the last round of rejection sampling against the reward model `helpful`, into the folder `name`; `other` replaces settings."""
+    o = {**settings, **other}
+    rows = mixed_prompts(world, "ppo", o.pop("prompts"))
+    ppo.run(PPOConfig(policy=str(out / "reject-2"), helpful=str(out / helpful), out=str(out / name), max_new_tokens=MAX_NEW, seed=seed, device=device,
+                      resume=True, **o), rows, gold_watch(world, out, seed))  # fmt: skip
+
+
 def build(world: World, out: Path, settings: dict, seed: int, device: str, stage: Stage) -> None:
     """Run every alignment stage that is not there yet."""
     def options(name: str) -> dict:
@@ -114,26 +128,15 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
         c = RewardConfig(data=data, init=str(out / "sft"), out=str(out / name), kind=kind, resume=True, **options(f"reward_{kind}"))
         return training(out, name, lambda: reward.run(c))
 
-    def prompts(purpose: str, n: int) -> list[dict]:
-        """Helpful prompts and, so that those skills are not forgotten, one harmless or harmful request for each eight of them."""
-        tasks = world.instructions("rlhf", n, purpose) + hazards.hazards(world, "rlhf", n // 8, purpose)
-        return [{**row, "safety": False} for row in prompt_rows(tasks)]  # helpfulness only: safety has its own stage
-
     def reject(number: int, policy: str) -> Callable[[], None]:
         def work() -> None:
             o, name = options("reject"), f"reject-{number}"
-            rows = prompts(name, o.pop("prompts"))
+            rows = mixed_prompts(world, name, o.pop("prompts"))
             rejection.run(RejectConfig(policy=str(out / policy), init=str(out / "sft"), helpful=str(out / f"reward-helpful-{number}"), out=str(out / name),
                                        pool=[str(out / f"reject-{i}" / "selected.jsonl") for i in range(1, number)], max_new_tokens=MAX_NEW, resume=True,
                                        **o), rows)  # fmt: skip
 
         return training(out, f"reject-{number}", work)
-
-    def optimise() -> None:
-        o = dict(settings["ppo"])
-        rows = prompts("ppo", o.pop("prompts"))
-        ppo.run(PPOConfig(policy=str(out / "reject-2"), helpful=str(out / "reward-helpful-3"), out=str(out / "ppo"), max_new_tokens=MAX_NEW, seed=seed,
-                          device=device, resume=True, **o), rows, gold_watch(world, out, seed))  # fmt: skip
 
     def dialogues(purpose: str, n: int, turns: int) -> list[dict]:
         rng = world.rng(purpose)
@@ -171,7 +174,7 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
             stage("reward-safety-2", "safety reward model", finished(out, "reward-safety-2"), reward_model("safety", 2))
         if number < 3:
             stage(f"reject-{number}", f"rejection sampling, round {number}", finished(out, f"reject-{number}"), reject(number, policy))
-    stage("ppo", "PPO", finished(out, "ppo"), training(out, "ppo", optimise))
+    stage("ppo", "PPO", finished(out, "ppo"), training(out, "ppo", lambda: optimise(world, out, settings["ppo"], seed, device)))
     stage("safety", "safety tuning", finished(out, "safety"), training(out, "safety", make_safe))
     stage("align-eval", "evaluation of alignment on the test split", out / "align.json", lambda: write(out / "align.json", evaluate(world, out, seed)))
 
