@@ -314,7 +314,7 @@ def check_rewards(m):
     close(model.rewards(**batch).detach(), want, atol=1e-5)
     close(model.values(batch["tokens"]).detach()[:, 1], [last_score(model, ids[:2]) for ids, _ in rows], atol=1e-5)
     logp = [model(torch.tensor([ids]))[0].log_softmax(-1) for ids, _ in rows]
-    nll = [-sum(float(x[t - 1, ids[t]]) for t in range(s, len(ids))) / (len(ids) - s) for x, (ids, s) in zip(logp, rows, strict=True)]
+    nll = [-sum(float(x[t - 1, ids[t]].detach()) for t in range(s, len(ids))) / (len(ids) - s) for x, (ids, s) in zip(logp, rows, strict=True)]
     both = model.rewards(**batch, text=True)
     close(both[0].detach(), want, atol=1e-5), close(both[1].detach(), nll, atol=1e-5)
     close(m.score(model, [rows[1], rows[0], rows[2]], batch=2), [want[1], want[0], want[2]], atol=1e-5)
