@@ -41,7 +41,7 @@ def trained(run: Path, kind: str, number: int, name: str, change: dict, scale: s
 
 def right(model, tokenizer, pairs: list[Pair]) -> list[float]:
     """1, 0 or a half (a tie) for each pair."""
-    rows = [reward.encode(tokenizer, p.prompt_messages, x, 256) for p in pairs for x in (p.chosen, p.rejected)]
+    rows = [x for p in pairs for x in reward.encode_pair(tokenizer, p, model.config.max_seq_len)]
     return [(1.0 if c > r else 0.0 if r > c else 0.5) for c, r in reward.score(model, rows).view(-1, 2).tolist()]
 
 
@@ -56,14 +56,13 @@ def helpful(run: Path, scale: str, seed: int) -> None:
     base: dict[str, list[float]] = {}
     for name, change in HELPFUL.items():
         model, tokenizer = trained(run, "helpful", 3, name, change, scale, seed)
-        cells = []
-        for where, pairs in sets.items():
-            mine = right(model, tokenizer, pairs)
+        cells, got = [], {where: right(model, tokenizer, pairs) for where, pairs in sets.items()}
+        for where, mine in got.items():
             w = judge.wins(mine, base.setdefault(where, mine))
             points = [200 * w[k] - 100 for k in ("mean", "low", "high")]
             cells += [f"{sum(mine) / len(mine):.3f}", f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]" if change else "-"]
-        by = reward.accuracy(model, tokenizer, sets["SFT's answers"])
-        cells.append(", ".join(f"{by[s]['accuracy']:.3f}" for s in reversed(STRENGTHS)))
+        by = [[x for x, p in zip(got["SFT's answers"], sets["SFT's answers"], strict=True) if p.strength == s] for s in reversed(range(len(STRENGTHS)))]
+        cells.append(", ".join(f"{sum(x) / len(x):.3f}" for x in by))
         cells.append(f"{judge.probes(model, tokenizer, world, tasks)['right fact']['mean']:.3f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 

@@ -474,6 +474,11 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
+def _in_job() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _line(e: BaseException) -> str:
     if isinstance(e, OSError) and e.filename and e.strerror:
         return f"{e.strerror}: {e.filename}"
@@ -482,7 +487,7 @@ def _line(e: BaseException) -> str:
 
 def _waited(message: str) -> str:
     """`message`, and which ranks were waited for if it tells of a collective that timed out."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "timed out" not in message.lower():
+    if not _in_job() or "timed out" not in message.lower():
         return message
     from minillama.parallel.mesh import absent
 
@@ -490,7 +495,7 @@ def _waited(message: str) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    job = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    job = _in_job()
     who = f"rank {os.environ.get('RANK')}: " if job and status == 1 else ""  # a wrong request is the same on all
     sys.stderr.write(f"minillama: {who}{message}\n")  # at once, or lines of several ranks would mix
     sys.stderr.flush()
@@ -506,7 +511,7 @@ def run() -> None:
     would abort it, and torchrun would report a job that has done all its work as failed.
     """
     status = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _in_job():
         sys.exit(status)
     if status == 0:  # else another rank may be waited for
         from minillama.parallel import mesh

@@ -233,16 +233,15 @@ def test_kill_9_and_resume_gives_the_uninterrupted_weights(moment, models, tmp_p
     given = config(root, tmp_path / "out", epochs=2.0, train=TrainConfig(steps=1, batch_size=2, seq_len=64, lr=1e-4, warmup_steps=0, log_every=1, save_every=2,
                    device="cpu"))  # fmt: skip
     code = f"""
+import importlib
 import os
-from minillama import rejection, sft, trainer
-from minillama.config import ParallelConfig, RejectConfig, TrainConfig
+from minillama import rejection
+from minillama.config import RejectConfig, TrainConfig
 train = TrainConfig(**{ {k: v for k, v in vars(given.train).items() if k != "parallel"}!r})
 config = RejectConfig(**{ {k: v for k, v in vars(given).items() if k != "train"}!r}, train=train)
-where, name, after = {dict(drawing=("rejection", "stack", 0), choosing=("rejection", "choose", 3), selecting=("os", "replace", 1),
-                           tuning=("trainer", "append_metrics", 5))[moment]!r}
-module, calls = {{"rejection": rejection, "os": os, "trainer": trainer}}[where], []
-if name == "stack":
-    module, name = __import__("minillama.reward", fromlist=["stack"]), "stack"
+where, name, after = {dict(drawing=("minillama.reward", "stack", 0), choosing=("minillama.rejection", "choose", 3), selecting=("os", "replace", 1),
+                           tuning=("minillama.trainer", "append_metrics", 5))[moment]!r}
+module, calls = importlib.import_module(where), []
 real = getattr(module, name)
 def deadly(*a, **k):
     calls.append(1)
@@ -254,8 +253,9 @@ rejection.run(config)
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert process.returncode == -signal.SIGKILL, process.stderr
-    there = [name for name in ("samples.jsonl", "selected.jsonl", "checkpoint") if (tmp_path / "out" / name).exists()]
-    assert len(there) == {"drawing": 0, "choosing": 1, "selecting": 1, "tuning": 3}[moment]
+    files = ("samples.jsonl", "selected.jsonl", "checkpoint")
+    there = tuple(name for name in files if (tmp_path / "out" / name).exists())
+    assert there == files[: {"drawing": 0, "choosing": 1, "selecting": 1, "tuning": 3}[moment]]
     model = rejection.run(dataclasses.replace(given, resume=True))
     whole = rejection.run(dataclasses.replace(given, out=str(tmp_path / "whole")))
     for name in ("samples.jsonl", "selected.jsonl"):
