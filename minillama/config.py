@@ -136,7 +136,7 @@ class ParallelConfig:
     reshard: bool = True
     """Free a block's gathered weights after its forward pass and gather them again for the backward pass; false keeps them: more memory, less traffic."""
     timeout_minutes: float = 10.0
-    """Minutes after which a collective that some rank never joined ends the job."""
+    """Minutes after which a collective that some rank never joined ends the job; while a checkpoint is written, three times as many."""
 
     def __post_init__(self) -> None:
         for name, least in (("replicate", 1), ("shard", 0), ("tensor", 1)):

@@ -60,7 +60,7 @@ def run(config: PretrainConfig, texts: Iterable[str] | None = None, evaluate: Ca
     if c.seq_len > model.config.max_seq_len:
         raise ValueError(f"train.seq_len {c.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
     texts = documents(config.data) if texts is None else texts
-    mesh.first(lambda: tokenised(texts, config.val_fraction, config.tokenizer, out / "data", config.workers, config.resume))
+    mesh.first(lambda: tokenised(texts, config.val_fraction, config.tokenizer, out / "data", config.workers, config.resume), hours=True)
     shards, val = Shards(out / "data").split(config.val_fraction)
     batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, mesh.data_rank, mesh.data_ranks, config.whole_documents)
     val_batches = validation_batches(val, batches) if val else None

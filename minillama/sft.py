@@ -50,7 +50,7 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     if config.train.seq_len > model.config.max_seq_len:
         raise ValueError(f"train.seq_len {config.train.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
     items = dialogues(config.data) if items is None else items
-    mesh.first(lambda: tokenised(items, config.val_fraction, tokenizer.path, out / "data", config.workers, config.resume))
+    mesh.first(lambda: tokenised(items, config.val_fraction, tokenizer.path, out / "data", config.workers, config.resume), hours=True)
     shards, val = Shards(out / "data").split(config.val_fraction)
     c = config.train
     batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, mesh.data_rank, mesh.data_ranks, cut=False)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,13 @@ def stage(tmp_path_factory):
     return root, command
 
 
+def wait(done: Callable[[], object], seconds: float, pause: float = 0.1) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(pause)
+
+
 def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -239,21 +247,21 @@ def test_kill_9_of_a_rank_ends_the_job_and_loses_only_steps_since_the_last_save(
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named(stage, tmp_path):
-    """Guards against a job that waits for ever for a rank that is alive and silent, and against an error that does not say which."""
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_rank_that_hangs_is_named(stage, tmp_path, saving):
+    """Guards against a job that waits for ever for a rank that is alive and silent, in a step or in a save, and against an error that does not say which."""
     _, command = stage
     out, log = tmp_path / "out", tmp_path / "log"
+    more = ("--train.steps", "100000", "--train.parallel.timeout_minutes", "0.2", "--train.save_every", "2" if saving else "100000")
     with log.open("w") as f:
-        long = command(out, "--train.steps", "100000", "--train.parallel.timeout_minutes", "0.2")
-        job = subprocess.Popen(long, stderr=f, stdout=f, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        job = subprocess.Popen(command(out, *more), stderr=f, stdout=f, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        end = time.monotonic() + 90
-        while len(faults.records(out)) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
+        wait(lambda: len(faults.records(out)) >= 3, 180)
+        if saving:
+            wait(lambda: list((out / "checkpoint").glob(".tmp-step-*")), 90, pause=0)
         silent = faults.rank_pids(job.pid)[1]
         os.kill(silent, signal.SIGSTOP)
-        while "waited in vain" not in log.read_text() and time.monotonic() < end:
-            time.sleep(0.2)
+        wait(lambda: "waited in vain" in log.read_text(), 90)
         os.kill(silent, signal.SIGCONT)
         assert job.wait(60) != 0
     finally:

@@ -33,6 +33,7 @@ class Mesh:
     data_rank: int = 0
     data_ranks: int = 1
     data_group: dist.ProcessGroup | None = None
+    disk_group: dist.ProcessGroup | None = None  # for waits while something is written
     patient_group: dist.ProcessGroup | None = None  # for waits that may take hours: one rank tokenises
 
     @property
@@ -67,8 +68,8 @@ class Mesh:
         dist.all_gather_object(parts, rows, group=self.data_group)
         return [row for part in parts for row in part]
 
-    def first(self, work: Callable[[], object]) -> None:
-        """Do `work` on rank 0 only, the others wait for it; what it raises is raised on every rank."""
+    def first(self, work: Callable[[], object], hours: bool = False) -> None:
+        """Do `work` on rank 0 only, the others wait for it, as for a write to disk or (`hours`) without end; what it raises is raised on every rank."""
         error = None
         if self.rank == 0:
             try:
@@ -77,15 +78,15 @@ class Mesh:
                 if self.world == 1:
                     raise
                 error = e
-        error = self.told(error)
+        error = self.told(error, hours)
         if error is not None:
             raise error
 
-    def told(self, x: object) -> object:
-        """What `x` is on rank 0."""
+    def told(self, x: object, hours: bool = True) -> object:
+        """What `x` is on rank 0, which may take its time to know it."""
         values = [x]
         if self.world > 1:
-            dist.broadcast_object_list(values, src=0, group=self.patient_group)
+            dist.broadcast_object_list(values, src=0, group=self.patient_group if hours else self.disk_group)
         return values[0]
 
     def loss_parallel(self) -> AbstractContextManager:
@@ -118,8 +119,8 @@ def make(parallel: ParallelConfig, llama: LlamaConfig | None = None, device: str
 def start(parallel: ParallelConfig, device: str = "auto", llama: LlamaConfig | None = None) -> Mesh:
     """Join the job that torchrun started and return its mesh; alone, a mesh of one. A second call must ask for the same degrees.
 
-    GPUs talk by NCCL, CPUs by gloo. A collective that a rank never joins fails after parallel.timeout_minutes. Raises ValueError if the degrees
-    do not fit the number of ranks, or the heads of `llama`.
+    GPUs talk by NCCL, CPUs by gloo. A collective that a rank never joins fails after parallel.timeout_minutes, three times that while a checkpoint
+    is written. Raises ValueError if the degrees do not fit the number of ranks, or the heads of `llama`.
     """
     global _current
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -131,8 +132,9 @@ def start(parallel: ParallelConfig, device: str = "auto", llama: LlamaConfig | N
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=parallel.timeout_minutes))
+        disk = dist.new_group(backend="gloo", timeout=timedelta(minutes=3 * parallel.timeout_minutes))
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        _current = replace(make(parallel, llama, "cuda" if gpu else "cpu"), patient_group=patient)
+        _current = replace(make(parallel, llama, "cuda" if gpu else "cpu"), disk_group=disk, patient_group=patient)
     else:
         have = _current.parallel
         if (wanted.replicate, wanted.shard, wanted.tensor) != (have.replicate, have.shard, have.tensor):

@@ -44,8 +44,8 @@ def write_distributed(tensors: dict[str, Tensor], dir: Path) -> None:
 
     mesh = current()
     try:
-        # A group of its own kind: a slow disk is waited for longer than a collective of the training.
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(dir), planner=dcp.DefaultSavePlanner(flatten_state_dict=False), process_group=mesh.patient_group)
+        # A group of its own kind: a slow disk is waited for longer than a collective of the training, but not for ever.
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(dir), planner=dcp.DefaultSavePlanner(flatten_state_dict=False), process_group=mesh.disk_group)
     except CheckpointException as e:
         rank, (error, _) = next(iter(e.failures.items()))
         number = error.errno if isinstance(error, OSError) else None
