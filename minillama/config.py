@@ -500,6 +500,8 @@ class SafetyConfig:
     """Folder of the stage: distilled.jsonl, selected.jsonl, and the tuned model."""
     samples: int = 4
     """Samples a prompt from the policy, and on adversarial prompts as many from the teacher (assumed)."""
+    red_team: int = 0
+    """A red-team round first: of the adversarial prompts only this many are learned from, those whose answers the safety model finds worst; 0 is all."""
     temperature: float = 1.0
     """Softmax temperature of the samples (assumed)."""
     max_new_tokens: int = 128

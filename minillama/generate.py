@@ -143,21 +143,26 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield out
 
 
-def log_probs(model: Llama, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+def log_probs(model: Llama, tokens: Tensor, valid: Tensor | None = None, where: Tensor | None = None) -> Tensor:
     """Log-probability [B,T-1] of tokens[:,1:], each given those before it in its row: one training forward, with gradient.
 
-    valid: bool [B,T], True for real tokens, which must be contiguous in a row (padding left, right or both). A result is 0 where the token
-    or the one before it is padding. Raises ValueError if tokens are longer than max_seq_len.
+    valid: bool [B,T], True for real tokens, which must be contiguous in a row (padding left, right or both). where: bool [B,T-1], the tokens of
+    tokens[:,1:] that are asked for; logits of others are never made. A result is 0 where nothing is asked, and where the token or the one before it
+    is padding. Raises ValueError if tokens are longer than max_seq_len.
     """
     mask = positions = None
     if valid is not None:
         tokens = tokens.masked_fill(~valid, 0)  # a pad id of -1 must not reach the embedding
+        real = valid[:, 1:] & valid[:, :-1]  # [B,T-1]
+        where = real if where is None else where & real
         if not valid[:, 0].all():  # padding on the right alone needs nothing: causal attention never sees it
             positions = (valid.cumsum(1) - 1).clamp_(min=0)  # [B,T]
             mask = padded_causal(valid)  # [B,1,T,T]
-    logits = model(tokens, mask=mask, positions=positions)[:, :-1].float()  # [B,T-1,V]
-    out = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(logits.shape[:2])  # [B,T-1]
-    return out if valid is None else out.masked_fill(~(valid[:, 1:] & valid[:, :-1]), 0.0)
+    if where is None:
+        where = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    logits = model(tokens, mask=mask, positions=positions, where=F.pad(where, (0, 1))).float()  # [N,V]
+    found = -F.cross_entropy(logits, tokens[:, 1:][where], reduction="none")  # [N]
+    return torch.zeros(where.shape, device=tokens.device).masked_scatter(where, found)
 
 
 @torch.inference_mode()  # on a generator it is left at each yield, so it never leaks into the caller

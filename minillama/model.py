@@ -184,10 +184,12 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def forward(
-        self, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """Logits [B,T,V] of tokens [B,T]; arguments as in `features`."""
-        return self.output(self.features(tokens, mask=mask, positions=positions, cache=cache))
+        self, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None, cache: KVCache | None = None,
+        where: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [B,T,V] of tokens [B,T]; arguments as in `features`. where: bool [B,T], the positions wanted, whose logits come as [N,V]."""
+        features = self.features(tokens, mask=mask, positions=positions, cache=cache)
+        return self.output(features if where is None else features[where])
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Llama:

@@ -30,6 +30,7 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -155,17 +156,17 @@ class Rollout:
 
 
 @torch.no_grad()
-def by_batch(function: Callable[[Tensor], Tensor], tokens: Tensor, lengths: Tensor, batch: int) -> Tensor:
-    """function(tokens [b,t]) -> [b,t-1] for all rows [B,T-1], a few rows of like length at a time and cut to their longest; 0 behind a row's end.
-    Data ranks share the rows, and return all of them."""
+def by_batch(function: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, mask: Tensor, lengths: Tensor, batch: int) -> Tensor:
+    """function(tokens [b,t], mask [b,t-1]) -> [b,t-1] for all rows [B,T-1], a few rows of like length at a time and cut to their longest; 0 outside
+    `mask`. Data ranks share the rows, and return all of them."""
     mesh = parallel.current()
-    out = torch.zeros(len(tokens), tokens.shape[1] - 1, device=tokens.device)
+    out = torch.zeros(mask.shape, device=tokens.device)
     for index in lengths.argsort().split(batch * mesh.data_ranks):
         mine = index[mesh.share(len(index))]
         some = mine if len(mine) else index[:1]  # a rank without a row of its own goes along: its part of the weights is needed
         t = int(lengths[some].max())
-        out[mine, : t - 1] = function(tokens[some, :t])[: len(mine)]
-    return mesh.sum(out)
+        out[mine, : t - 1] = function(tokens[some, :t], mask[some, : t - 1])[: len(mine)]
+    return mesh.sum(out).masked_fill(~mask, 0.0)
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int = 2) -> float:
@@ -190,9 +191,9 @@ def rollout(
     score = whiten(logit_clamp(raw)) - config.no_eos_penalty * (~finished).float()  # [B]
     x = {name: t.to(device) for name, t in stack(rows).items()}
     tokens, mask = x["tokens"], answer_mask(x["starts"], x["lengths"], x["tokens"].shape[1])
-    logp = by_batch(lambda t: log_probs(policy, t), tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)  # [B,T-1]
-    ref_logp = by_batch(lambda t: log_probs(reference, t), tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)
-    values = by_batch(lambda t: critic.values(t)[:, :-1], tokens, x["lengths"], MICRO).masked_fill(~mask, 0.0)  # the state before each action
+    logp = by_batch(lambda t, m: log_probs(policy, t, where=m), tokens, mask, x["lengths"], MICRO)  # [B,T-1]
+    ref_logp = by_batch(lambda t, m: log_probs(reference, t, where=m), tokens, mask, x["lengths"], MICRO)
+    values = by_batch(lambda t, m: critic.values(t)[:, :-1], tokens, mask, x["lengths"], MICRO)  # the state before each action
     settle(policy)
     settle(critic)
     k1, k3 = kl_estimates(logp, ref_logp)
@@ -249,7 +250,7 @@ def update(
         for index in minibatch[roll.lengths[minibatch].argsort()][mesh.data_rank :: mesh.data_ranks].split(MICRO):
             b = roll.rows(index)
             share = b.mask.sum() / n_tokens
-            all_logp = policy(b.tokens)[:, :-1][b.mask].float().log_softmax(-1)  # [n,V], of the n actions alone: prompts are longer than answers
+            all_logp = policy(b.tokens, where=F.pad(b.mask, (0, 1))).float().log_softmax(-1)  # [n,V] of the actions alone: prompts are longer than answers
             logp = torch.zeros_like(b.logp).masked_scatter(b.mask, all_logp.gather(1, b.tokens[:, 1:][b.mask, None]))  # [b,T-1]
             loss, clipped = policy_loss(logp, b.logp, b.advantages, b.mask, config.clip)
             values = critic.values(b.tokens)[:, :-1]

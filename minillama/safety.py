@@ -6,7 +6,8 @@ Supervised safety tuning is `minillama sft` on safe demonstrations: alone it ref
 prompts, and that safer teacher the adversarial ones too; the gated reward picks: the safety model decides for adversarial prompts, the helpfulness
 model for the rest, unless an answer is unsafe. For adversarial prompts the teacher answers once more behind a safety preprompt, and that answer is
 learned without the preprompt if the safety model likes it better than what the policy says by itself (sec 4.2.4: else distillation harms helpful
-answers and breeds false refusals).
+answers and breeds false refusals). With --red_team the adversarial prompts are attacks to try first, and only those that got through are learned from:
+run it again on the tuned model with new attacks, and that is the paper's next round.
 """
 from __future__ import annotations
 
@@ -76,13 +77,15 @@ def failures(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, n
 def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
     """Tune for safety by `config`; `prompts` replaces config.prompts. Returns the tuned model.
 
-    Raises ValueError for prompts without an adversarial one, or models of different tokenizers.
+    Raises ValueError for prompts without an adversarial one, models of different tokenizers, or red_team below 0.
     """
     out, c = Path(config.out), config.train
     mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)
     if not config.safety:
         raise ValueError("safety tuning needs a safety reward model; train one with `minillama reward --kind safety` and name it with --safety")
+    if config.red_team < 0:
+        raise ValueError(f"red_team must be 0 (every adversarial prompt) or a number of prompts, got {config.red_team}")
     device = pick_device(c.device)
     prompts = sources.read_prompts(config.prompts) if prompts is None else list(prompts)
     selected = out / "selected.jsonl"
@@ -97,6 +100,9 @@ def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
             if tokenizer is None or tokenizer.path.read_bytes() != reward.tokenizer.path.read_bytes():
                 raise ValueError(f"{path} and {config.safety} have different tokenizers")
             models.append(model)
+        if config.red_team:
+            adversarial = failures(models[0], tokenizer, adversarial, reward, config.red_team, config.temperature, config.max_new_tokens, c.seed + 20)
+            prompts = [p for p in prompts if not p["safety"]] + adversarial
         own, taught = (draw(m, tokenizer, some, reward, config.samples, config.temperature, config.max_new_tokens, c.seed + 10 * i)
                        for i, (m, some) in enumerate(zip(models, (prompts, adversarial), strict=True)))  # fmt: skip
         lessons = iter(taught)

@@ -137,6 +137,27 @@ def test_logprobs_are_the_training_forwards(either):
             assert len(out.logprobs[i]) == len(new) and want.std() > 0.3
 
 
+def test_log_probs_of_some_tokens_are_those_of_all(model):
+    """The logits of the others are never made, and neither padding nor a token outside `where` may leak in."""
+    tokens = torch.tensor([[1, 5, 9, 4, 7, 3], [1, 8, 2, 6, 0, 0]])
+    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    where = torch.tensor([[False, True, False, False, True], [True, False, True, True, False]])
+    made = []
+    handle = model.output.register_forward_hook(lambda m, args, out: made.append(out.shape))
+    some, both = log_probs(model, tokens, where=where), log_probs(model, tokens, valid, where)
+    handle.remove()
+    whole = model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(some, whole.masked_fill(~where, 0.0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(both, whole.masked_fill(~(where & valid[:, 1:]), 0.0), rtol=0, atol=1e-6)
+    assert [shape[0] for shape in made] == [5, 4] and (some != 0).sum() == 5
+    some.sum().backward()
+    got = model.tok_embeddings.weight.grad.clone()
+    model.zero_grad(set_to_none=True)
+    (whole * where).sum().backward()
+    torch.testing.assert_close(got, model.tok_embeddings.weight.grad, rtol=0, atol=1e-5)
+    model.zero_grad(set_to_none=True)
+
+
 def test_log_probs_carry_gradient(model):
     """RLHF differentiates log_probs; an inference-mode leak would break it."""
     log_probs(model, torch.tensor([[1, 5, 9, 4]])).sum().backward()

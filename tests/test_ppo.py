@@ -584,7 +584,7 @@ def test_metrics_and_weights_ignore_padding():
     """Guards against entropy, KL and losses averaged over pads, which look calm while answers shrink."""
     (plain, a), _ = both_updates()
     (padded, b), _ = both_updates(extra=9)
-    assert plain == {k: pytest.approx(v, abs=1e-5) for k, v in padded.items()}
+    assert plain == {k: pytest.approx(v, rel=1e-6, abs=1e-5) for k, v in padded.items()}  # a norm of 28 rounds in its sixth digit
     close(a[0], b[0]), close(a[2], b[2])
 
 

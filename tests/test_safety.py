@@ -183,6 +183,22 @@ def test_a_run_learns_the_best_of_both_models_and_what_was_distilled(models, tun
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), checkpoint.load(out)[0].parameters(), strict=True))
 
 
+def test_a_round_learns_only_from_the_attacks_that_got_through(models, tmp_path):
+    root, tokenizer = models
+    policy, _, reward, attacks = loaded(root)
+    worst = failures(policy, tokenizer, attacks, reward, 2, 0.7, 16, 20)
+    assert 0 < len(worst) < len(attacks)
+    safety.run(config(root, tmp_path / "r", red_team=2, temperature=0.7))
+    asked = lambda rows: [r["messages"][-2]["content"] for r in rows]  # noqa: E731
+    wanted = [p["messages"][-1]["content"] for p in worst]
+    rows = rows_of(tmp_path / "r" / "selected.jsonl")
+    learned = [r for r in rows if r["safety"]]
+    assert set(asked(learned)) <= set(wanted) and asked(rows_of(tmp_path / "r" / "distilled.jsonl")) == wanted
+    assert learned and any(not r["safety"] for r in rows)  # the harmless ones stay
+    with pytest.raises(ValueError, match="red_team must be 0 .* got -1"):
+        safety.run(config(root, tmp_path / "n", red_team=-1))
+
+
 def test_without_distillation_only_the_samples_are_learned(models, tmp_path):
     """Guards against an ablation that still distils."""
     root, _ = models

@@ -254,7 +254,7 @@ def test_a_rank_that_hangs_is_named(stage, tmp_path, saving):
     out, log = tmp_path / "out", tmp_path / "log"
     more = ("--train.steps", "100000", "--train.parallel.timeout_minutes", "0.2", "--train.save_every", "2" if saving else "100000")
     with log.open("w") as f:
-        job = subprocess.Popen(command(out, *more), stderr=f, stdout=f, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        job = subprocess.Popen(command(out, *more), stderr=f, stdout=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait(lambda: len(faults.records(out)) >= 3, 180)
         if saving:
@@ -265,7 +265,7 @@ def test_a_rank_that_hangs_is_named(stage, tmp_path, saving):
         os.kill(silent, signal.SIGCONT)
         assert job.wait(60) != 0
     finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
+        for pid in [*faults.rank_pids(job.pid).values(), job.pid] if job.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)  # each rank is in a session of its own
     lines = [line for line in log.read_text().splitlines() if line.startswith("minillama: ")]
     assert re.match(r"minillama: rank 0: waited in vain for rank 1 \(parallel.timeout_minutes\): .*[Tt]imed out", lines[0]), lines
