@@ -280,12 +280,20 @@ class SFTConfig:
     """Share of the dialogues kept for validation (assumed)."""
     epochs: float = 2.0
     """Passes over the data; sets train.steps (paper: 2)."""
+    replay: str = ""
+    """Folder of the text that was pretrained on (a pretrain stage's data/), to go on reading beside the dialogues; empty is none (paper: none)."""
+    replay_share: float = 0.2
+    """With `replay`, share of a step's rows that are text: 0.2 is one row beside four of dialogues (after Ouyang et al. 2022)."""
     workers: int = 1
     """Processes that tokenize (assumed)."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=64, lr=2e-5, warmup_steps=0, seq_len=4096))
     """Optimization (paper: cosine from 2e-5, weight decay 0.1, batch 64, 4,096 tokens; the cosine's end is assumed); steps follow from epochs."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.replay_share < 1:
+            raise ValueError(f"replay_share must lie between 0 and 1, got {self.replay_share}; to replay nothing leave replay empty")
 
 
 @dataclass

@@ -95,7 +95,9 @@ def run(config: DemoConfig) -> Path:
         pretrain.run(c, texts(), Probes(world, tokenizer))
 
     def tune() -> None:
-        c = SFTConfig(init=str(out / "pretrain"), out=str(out / "sft"), resume=True, **align.train_config(settings["sft"], config.seed, config.device))
+        replay = str(out / "pretrain" / "data") if "replay_share" in settings["sft"] else ""
+        c = SFTConfig(init=str(out / "pretrain"), out=str(out / "sft"), replay=replay, resume=True,
+                      **align.train_config(settings["sft"], config.seed, config.device))  # fmt: skip
         sft.run(c, [e["messages"] for e in world.demonstrations()])
 
     def evaluate() -> None:

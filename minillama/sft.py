@@ -5,6 +5,9 @@
 The objective is pretraining's with one change: user tokens are context and never targets. The end-of-sequence token after an
 answer is a target: a model that is not taught it never stops. Dialogues are packed into full rows, as in the paper; unlike a plain
 concatenation, packed dialogues do not see each other.
+
+A small model forgets: names that no dialogue mentions turn into names that some do. With --replay it goes on reading its pretraining text beside the
+dialogues (the paper does not; Ouyang et al. 2022 do so in RLHF).
 """
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from minillama.config import SFTConfig
 from minillama.data import sources
@@ -36,8 +39,8 @@ def dialogues(spec: str) -> Iterator[list[dict]]:
 def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: Callable[[nn.Module], dict[str, float]] | None = None) -> Llama:
     """Fine-tune by `config`; `items` replaces config.data, `evaluate` adds metrics to the validation loss. Returns the model.
 
-    Steps follow from config.epochs over the packed rows. Raises ValueError for data without dialogues, a checkpoint without a tokenizer, or an
-    output folder that holds a run already (without resume).
+    Steps follow from config.epochs over the packed rows of dialogues. Raises ValueError for data without dialogues, a checkpoint without a tokenizer, a
+    replay that is not a folder of tokenised text, or an output folder that holds a run already (without resume).
     """
     out = Path(config.out)
     mesh = parallel.start(config.train.parallel, config.train.device)
@@ -55,7 +58,14 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     c = config.train
     batches = Batches(shards, c.batch_size, c.seq_len, c.seed, c.micro_batch, mesh.data_rank, mesh.data_ranks, cut=False)
     c = dataclasses.replace(c, steps=max(1, round(config.epochs * batches.steps_per_epoch)))
+    feed: Callable[[int], list[dict[str, Tensor]]] = batches
+    if config.replay:
+        old, rows = Shards(config.replay).split(config.val_fraction)[0], round(c.batch_size * config.replay_share / (1 - config.replay_share))
+        if not rows:
+            raise ValueError(f"replay_share {config.replay_share} of a batch of {c.batch_size} is no whole row; raise one of them")
+        text = Batches(old, rows, c.seq_len, c.seed + 1, c.micro_batch, mesh.data_rank, mesh.data_ranks)
+        feed = lambda step: batches(step) + text(step)  # noqa: E731
     val_batches = validation_batches(val, batches) if val else None
     mesh.first(lambda: write_config(dataclasses.replace(config, train=c), out))
     metrics = with_validation(val_batches, next_token_loss, evaluate)
-    return train(model, batches, next_token_loss, c, out, tokenizer, metrics, config.resume, label="sft")
+    return train(model, feed, next_token_loss, c, out, tokenizer, metrics, config.resume, label="sft")

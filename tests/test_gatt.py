@@ -68,6 +68,8 @@ def test_dialogues_end_where_their_answers_do():
         ["Always be brief. Line 1?", "One."], ["Tell of boats. Line 5?", "Five.", "And line 6?", "Six."]]  # fmt: skip
     assert all(r["last_only"] for r in rows)
     assert training_rows(DIALOGUES, [[], ["Long."], ["Five.", ""]], ghost=True)[0]["messages"][-1]["content"] == "Long."
+    with pytest.raises(ValueError, match="shorter"):
+        training_rows(DIALOGUES, [["One."]], ghost=True)
 
 
 def greedy(model: Llama, ids: list[int], n: int) -> list[int]:
@@ -214,6 +216,14 @@ def test_a_row_loses_no_more_than_it_must(tokenizer):
     size = lambda n: len(encode_dialogue(tokenizer, [Message(x["role"], x["content"]) for x in m[:n]])[0])  # noqa: E731
     for n in (2, 4, 6):
         assert gatt.shorten(tokenizer, {"messages": m, "last_only": True}, size(n)) == {"messages": m[:n], "last_only": True}
+
+
+def test_a_dialogue_may_fill_the_context_to_its_last_target(inputs, tmp_path, monkeypatch):
+    """Guards against an exchange that is dropped though it fits: of seq_len + 1 tokens the first seq_len are inputs and the last seq_len targets."""
+    limits = []
+    monkeypatch.setattr(gatt, "shorten", lambda tokenizer, row, limit: limits.append(limit) or row)
+    gatt.run(config(inputs, tmp_path / "r"))
+    assert limits and set(limits) == {config(inputs, tmp_path).train.seq_len + 1}
 
 
 def test_long_dialogues_still_train_their_last_answer(inputs, tokenizer, tmp_path):

@@ -387,7 +387,7 @@ def test_encode_is_the_chat_format_and_drops_the_oldest_exchanges(system, tokeni
 
 def test_mixtures_have_the_papers_proportions():
     """Guards against a safety model without helpful pairs, or a helpful one that drowns in others."""
-    make = lambda kind, n: [Pair(user(f"{kind} {i}"), "a", "b", kind=kind) for i in range(n)]  # noqa: E731
+    make = lambda kind, n: [Pair(user(f"{kind} {i}"), "a", "b", kind="".join([*kind])) for i in range(n)]  # as from a file: equal, not the same  # noqa: E731
     helpful, safe = make("helpful", 200), make("safety", 90)
     key = lambda pairs: Counter(p.prompt_messages[0]["content"] for p in pairs)  # noqa: E731
     for kind, mine, others, want in (("safety", safe, helpful, 10), ("helpful", safe, helpful, 90), ("helpful", safe, helpful[:40], 40)):
@@ -476,12 +476,12 @@ def test_accuracy_counts_ties_as_half_and_by_strength(tokenizer, monkeypatch):
 def test_calibration_against_a_loop(tokenizer, monkeypatch):
     """Guards against bins that lose a pair, and probabilities of the wrong side."""
     rng = np.random.default_rng(1)
-    differences = np.concatenate([rng.normal(size=60) * 2, [9.0, -9.0]])
+    differences = np.concatenate([rng.normal(size=60) * 2, [9.0, -9.0, 60.0, -60.0]])  # the last two: a probability that rounds to 1
     model = rated(monkeypatch, [x for d in differences for x in (float(d) + 0.5, 0.5)])
-    table = reward.calibration(model, tokenizer, [Pair(user(f"Q{i}"), "yes", "no") for i in range(62)], bins=4)
+    table = reward.calibration(model, tokenizer, [Pair(user(f"Q{i}"), "yes", "no") for i in range(64)], bins=4)
     sure = 1 / (1 + np.exp(-np.abs(differences)))
     which = np.minimum(((sure - 0.5) / 0.125).astype(int), 3)
-    assert len(table) == 4 and sum(row["n"] for row in table) == 62
+    assert len(table) == 4 and sum(row["n"] for row in table) == 64
     for i, row in enumerate(table):
         inside = which == i
         want = {"predicted": sure[inside].mean(), "observed": (differences[inside] > 0).mean(), "n": inside.sum()}
@@ -511,7 +511,7 @@ def test_a_run_learns_saves_and_loads(trained, tokenizer):
     """Guards against a stage that trains the wrong side, and a saved model that scores otherwise than the trained one."""
     out, model = trained
     assert reward.accuracy(model, tokenizer, trivial())["all"]["accuracy"] > 0.9
-    loaded, tok = reward.load(out)
+    loaded, tok = reward.load(dir=out)
     assert loaded.evidence and not loaded.training and tok.vocab_size == 330
     assert torch.equal(reward.score(loaded, ROWS), reward.score(model, ROWS))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -541,9 +541,15 @@ def test_a_prompt_is_on_one_side_of_the_split(chat, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PairBatches, "__init__", spy)
     twice = [Pair(user(f"Line {i // 5}?"), f"boats {i}", f"books {i}") for i in range(60)]
-    reward.run(RewardConfig(init=chat, out=str(tmp_path / "r"), epochs=0.1, val_fraction=0.1, train=train_config()), twice)
+    model = reward.run(RewardConfig(init=chat, out=str(tmp_path / "r"), epochs=0.1, val_fraction=0.1, train=train_config()), twice)
     train, val = seen
     assert train and val and not train & val and len(train | val) == 12
+    held = PairBatches([p for p in twice if json.dumps(p.prompt_messages) in val], checkpoint.load(chat)[1], 48, 64)
+    assert len(held.rows) > 1
+    with torch.no_grad():
+        total, n = reward_loss()(model, held.collate(held.rows))
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/val_loss"] == pytest.approx(float(total / n), abs=1e-5)  # of all of them
 
 
 def test_kill_9_and_resume_gives_the_uninterrupted_weights(trained, chat, tmp_path):

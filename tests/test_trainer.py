@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,36 @@ def stages(tokenizer, tmp_path_factory):
     tune = SFTConfig(data=str(root / "chat.jsonl"), init=str(root / "pre"), out=str(root / "sft"), workers=1, epochs=6, train=train_config())
     sft.run(tune)
     return root, pre, tune
+
+
+def test_replayed_text_stands_beside_the_dialogues(stages, tmp_path, monkeypatch):
+    """Guards against text instead of dialogues, text of which only answers are trained, text held out for validation, and steps that follow from it."""
+    root, pre, tune = stages
+    seen = []
+    real = sft.train
+    monkeypatch.setattr(sft, "train", lambda model, batches, loss, c, *a, **k: seen.append((batches, c)) or real(model, batches, loss, c, *a, **k))
+    replayed = sft.run(replace(tune, out=str(tmp_path / "r"), replay=str(root / "pre" / "data"), replay_share=0.5))
+    plain = sft.run(replace(tune, out=str(tmp_path / "p")))
+    (feed, c), (dialogues, usual) = seen
+    kept, held = Shards(root / "pre" / "data").split(tune.val_fraction)
+    allowed = {tuple(kept.document(i)[0]) for i in range(len(kept))}
+    assert c.steps == usual.steps and held is not None
+    for step in (0, 3):
+        (chat, text), (alone,) = feed(step), dialogues(step)
+        assert all(torch.equal(chat[k], alone[k]) for k in chat) and len(text["tokens"]) == len(chat["tokens"]) == 4
+        assert (chat["targets"] != -100).float().mean() < 0.6 < (text["targets"] != -100).float().mean()
+        for ids, docs in zip(text["tokens"], text["doc_ids"], strict=True):
+            whole = [tuple(ids[docs == k].tolist()) for k in range(1, int(docs.max()))]  # the first and the last of a row may be parts
+            assert all(d in allowed for d in whole)
+    with torch.no_grad():
+        loss = [float(sum(next_token_loss(m, b)[0] for s in range(3) for b in Batches(kept, 4, 48)(s))) for m in (replayed, plain)]
+    assert loss[0] < 0.9 * loss[1]  # what it is for
+    with pytest.raises(ValueError, match="no whole row"):
+        sft.run(replace(tune, out=str(tmp_path / "a"), replay=str(root / "pre" / "data"), replay_share=0.05))
+    with pytest.raises(ValueError, match="holds no tokenised data"):
+        sft.run(replace(tune, out=str(tmp_path / "b"), replay=str(tmp_path)))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        SFTConfig(replay_share=1.0)
 
 
 COMMON = ["--workers", "1", "--train.batch_size", "4", "--train.seq_len", "48", "--train.lr", "0.01", "--train.warmup_steps", "2",
