@@ -1,8 +1,9 @@
 """The demo at a scale for several seeds, and the table that it is accepted by.
 
-    python benchmarks/seeds.py [--scale laptop] [--seeds 0 1 2] [--out runs/seeds]
+    python benchmarks/seeds.py [--scale laptop] [--seeds 0 1 2] [--out runs/seeds] [--replay]
 
-A seed changes the world, its splits, the weights and the order of the data. Finished runs are read, not repeated.
+A seed changes the world, its splits, the weights and the order of the data. Finished runs are read, not repeated. --replay tunes each base model once more,
+without the pretraining text beside the dialogues, and says what that costs, on names that some training question asked of and on those that none did.
 """
 import argparse
 import json
@@ -11,12 +12,38 @@ import subprocess
 import sys
 from pathlib import Path
 
+from minillama import align, sft
+from minillama.checkpoint import load
+from minillama.config import SFTConfig
+from minillama.data.gold import Gold
+from minillama.data.world import World
+from minillama.demo import recipe
+from minillama.evaluation.stats import rate
+from minillama.evaluation.tinyworld import chat_answers
+
+
+def replay(run: Path, scale: str, seed: int) -> None:
+    """Print the greedy fact recall of SFT with and without replay on the test split."""
+    world, settings = World(seed, scale), {k: v for k, v in recipe(scale)["sft"].items() if k != "replay_share"}
+    c = SFTConfig(init=str(run / "pretrain"), out=str(run / "sft-without-replay"), resume=True, **align.train_config(settings, seed, "auto"))
+    sft.run(c, [e["messages"] for e in world.demonstrations()])
+    asked = {who for (who, _), split in world.split.items() if split == "train"}
+    tasks, gold = [t for t in world.instructions("test") if t.kind == "fact"], Gold(world)
+    for name in ("sft", "sft-without-replay"):
+        model, tokenizer = load(run / name)
+        scored = [(t, gold.score(t, a)) for t, a in zip(tasks, chat_answers(model, tokenizer, tasks), strict=True)]
+        for title, wanted in (("some question asked of", True), ("no question asked of", False)):
+            right = [s.correct for t, s in scored if (t.args["who"] in asked) == wanted]
+            r = rate(sum(right), len(right))
+            print(f"seed {seed}, {name}: facts about names that {title}: {r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}] (n = {len(right)})", flush=True)
+
 
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--scale", default="laptop")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--out", default="runs/seeds")
+    p.add_argument("--replay", action="store_true")
     a = p.parse_args()
     rows, ok = [], True
     for seed in a.seeds:
@@ -37,6 +64,8 @@ def main() -> None:
     for seed, how, parses, topic, facts, n, b, s, leak, seconds in rows:
         span = lambda r: f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"  # noqa: E731
         print(f"| {seed} | {how} | {parses:.3f} | {topic:.3f} | {facts:.3f} ({n}) | {span(b)} | {span(s)} | {leak} | {seconds:.0f} |")
+    for seed in a.seeds if a.replay and "replay_share" in recipe(a.scale)["sft"] else ():
+        replay(Path(a.out) / f"{a.scale}-{seed}", a.scale, seed)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"\nlargest process: {peak:.2f} GiB")
     print(f"greedy: parses >= 0.95, on topic >= 0.90, facts >= 0.80, intervals apart, nothing asked before: {'holds' if ok else 'FAILS'}")
