@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from minillama import align, sft
 from minillama.checkpoint import load
 from minillama.config import SFTConfig
@@ -26,7 +28,10 @@ def replay(run: Path, scale: str, seed: int) -> None:
     """Print the greedy fact recall of SFT with and without replay on the test split."""
     world, settings = World(seed, scale), {k: v for k, v in recipe(scale)["sft"].items() if k != "replay_share"}
     c = SFTConfig(init=str(run / "pretrain"), out=str(run / "sft-without-replay"), resume=True, **align.train_config(settings, seed, "auto"))
-    sft.run(c, [e["messages"] for e in world.demonstrations()])
+    if not yaml.safe_load((run / "sft" / "config.yaml").read_text())["replay"]:
+        raise SystemExit(f"{run / 'sft'} was tuned without replay; remove the run or choose another --out")
+    dialogues = [e["messages"] for e in world.demonstrations()]
+    sft.run(c, dialogues)
     asked = {who for (who, _), split in world.split.items() if split == "train"}
     tasks, gold = [t for t in world.instructions("test") if t.kind == "fact"], Gold(world)
     for name in ("sft", "sft-without-replay"):
@@ -36,6 +41,7 @@ def replay(run: Path, scale: str, seed: int) -> None:
             right = [s.correct for t, s in scored if (t.args["who"] in asked) == wanted]
             r = rate(sum(right), len(right))
             print(f"seed {seed}, {name}: facts about names that {title}: {r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}] (n = {len(right)})", flush=True)
+
 
 
 def main() -> None:

@@ -281,9 +281,11 @@ class SFTConfig:
     epochs: float = 2.0
     """Passes over the data; sets train.steps (paper: 2)."""
     replay: str = ""
-    """Folder of the text that was pretrained on (a pretrain stage's data/), to go on reading beside the dialogues; empty is none (paper: none)."""
+    """Folder of the text that was pretrained on (a pretrain stage's data/), to go on reading beside the dialogues; empty is none (paper: none). Text that
+    pretraining held out stays so if val_fraction is pretraining's; documents are packed whole."""
     replay_share: float = 0.2
-    """With `replay`, share of a step's rows that are text: 0.2 is one row beside four of dialogues (after Ouyang et al. 2022)."""
+    """With `replay`, share of a step's rows that are text: 0.2 is one row beside four of dialogues (after Ouyang et al. 2022). The gradient's share is
+    larger: all of a text's tokens are targets."""
     workers: int = 1
     """Processes that tokenize (assumed)."""
     resume: bool = False

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import yaml
+
 LABELS = {
     "helpfulness": "gold helpfulness", "fact_recall": "fact recall, pairs only ever stated", "parses": "parses under the world's grammar",
     "on_topic": "speaks of what was asked", "correct": "right", "close": "closing line", "no_filler": "no filler", "whole": "whole sentences",
@@ -111,11 +113,14 @@ def _training(run: Path) -> list[str]:
         if not steps:
             continue
         evals = [r for r in m if "eval/val_loss" in r]
+        card = run / stage / "config.yaml"
+        replayed = card.exists() and bool(yaml.safe_load(card.read_text(encoding="utf-8")).get("replay"))
+        labels = ("training (dialogues and replayed text)", "validation (dialogues)") if replayed else ("training", "validation")
 
-        def draw(ax, steps=steps, evals=evals):
-            ax.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=1, label="training")
+        def draw(ax, steps=steps, evals=evals, labels=labels):
+            ax.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=1, label=labels[0])
             if evals:
-                ax.plot([r["tokens"] / 1e6 for r in evals], [r["eval/val_loss"] for r in evals], "o-", label="validation")
+                ax.plot([r["tokens"] / 1e6 for r in evals], [r["eval/val_loss"] for r in evals], "o-", label=labels[1])
             ax.legend()
 
         last = steps[-1]

@@ -6,8 +6,8 @@ Supervised safety tuning is `minillama sft` on safe demonstrations: alone it ref
 prompts, and that safer teacher the adversarial ones too; the gated reward picks: the safety model decides for adversarial prompts, the helpfulness
 model for the rest, unless an answer is unsafe. For adversarial prompts the teacher answers once more behind a safety preprompt, and that answer is
 learned without the preprompt if the safety model likes it better than what the policy says by itself (sec 4.2.4: else distillation harms helpful
-answers and breeds false refusals). With --red_team the adversarial prompts are attacks to try first, and only those that got through are learned from:
-run it again on the tuned model with new attacks, and that is the paper's next round.
+answers and breeds false refusals). With --red_team the adversarial prompts are attacks to try first, and only those whose answers the safety
+model finds worst are learned from: run it again on the tuned model with new attacks, and that is the paper's next round.
 """
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ The objective is pretraining's with one change: user tokens are context and neve
 answer is a target: a model that is not taught it never stops. Dialogues are packed into full rows, as in the paper; unlike a plain
 concatenation, packed dialogues do not see each other.
 
-A small model forgets: names that no dialogue mentions turn into names that some do. With --replay it goes on reading its pretraining text beside the
-dialogues (the paper does not; Ouyang et al. 2022 do so in RLHF).
+A small model forgets: it takes a name that no training question asks about for one that some do. With --replay it goes on reading its pretraining text
+beside the dialogues (the paper does not; Ouyang et al. 2022 do so in RLHF).
 """
 from __future__ import annotations
 
@@ -60,10 +60,13 @@ def run(config: SFTConfig, items: Iterable[list[dict]] | None = None, evaluate: 
     c = dataclasses.replace(c, steps=max(1, round(config.epochs * batches.steps_per_epoch)))
     feed: Callable[[int], list[dict[str, Tensor]]] = batches
     if config.replay:
-        old, rows = Shards(config.replay).split(config.val_fraction)[0], round(c.batch_size * config.replay_share / (1 - config.replay_share))
-        if not rows:
-            raise ValueError(f"replay_share {config.replay_share} of a batch of {c.batch_size} is no whole row; raise one of them")
-        text = Batches(old, rows, c.seq_len, c.seed + 1, c.micro_batch, mesh.data_rank, mesh.data_ranks)
+        old, rows = Shards(config.replay), round(c.batch_size * config.replay_share / (1 - config.replay_share))
+        if any(mask is not None for mask in old.trained):
+            raise ValueError(f"{config.replay} holds dialogues; replay takes the text that a pretraining tokenised")
+        if not rows or rows % mesh.data_ranks:
+            raise ValueError(f"replay_share {config.replay_share} beside a batch of {c.batch_size} is {rows} rows of text: it must be 1 at least, and a "
+                             f"multiple of the {mesh.data_ranks} data ranks")  # fmt: skip
+        text = Batches(old.split(config.val_fraction)[0], rows, c.seq_len, c.seed + 1, c.micro_batch, mesh.data_rank, mesh.data_ranks)
         feed = lambda step: batches(step) + text(step)  # noqa: E731
     val_batches = validation_batches(val, batches) if val else None
     mesh.first(lambda: write_config(dataclasses.replace(config, train=c), out))

@@ -183,7 +183,7 @@ def test_a_run_learns_the_best_of_both_models_and_what_was_distilled(models, tun
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), checkpoint.load(out)[0].parameters(), strict=True))
 
 
-def test_a_round_learns_only_from_the_attacks_that_got_through(models, tmp_path):
+def test_a_round_learns_from_the_worst_attacks_only(models, tmp_path):
     root, tokenizer = models
     policy, _, reward, attacks = loaded(root)
     worst = failures(policy, tokenizer, attacks, reward, 2, 0.7, 16, 20)

@@ -132,22 +132,22 @@ def test_replayed_text_stands_beside_the_dialogues(stages, tmp_path, monkeypatch
     plain = sft.run(replace(tune, out=str(tmp_path / "p")))
     (feed, c), (dialogues, usual) = seen
     kept, held = Shards(root / "pre" / "data").split(tune.val_fraction)
-    allowed = {tuple(kept.document(i)[0]) for i in range(len(kept))}
+    usual_text, all_text = Batches(kept, 4, 48, tune.train.seed + 1), Batches(Shards(root / "pre" / "data"), 4, 48, tune.train.seed + 1)
     assert c.steps == usual.steps and held is not None
     for step in (0, 3):
-        (chat, text), (alone,) = feed(step), dialogues(step)
+        (chat, text), (alone,), (expected,), (wrong,) = feed(step), dialogues(step), usual_text(step), all_text(step)
         assert all(torch.equal(chat[k], alone[k]) for k in chat) and len(text["tokens"]) == len(chat["tokens"]) == 4
+        assert all(torch.equal(text[k], expected[k]) for k in text) and not torch.equal(text["tokens"], wrong["tokens"])
         assert (chat["targets"] != -100).float().mean() < 0.6 < (text["targets"] != -100).float().mean()
-        for ids, docs in zip(text["tokens"], text["doc_ids"], strict=True):
-            whole = [tuple(ids[docs == k].tolist()) for k in range(1, int(docs.max()))]  # the first and the last of a row may be parts
-            assert all(d in allowed for d in whole)
     with torch.no_grad():
         loss = [float(sum(next_token_loss(m, b)[0] for s in range(3) for b in Batches(kept, 4, 48)(s))) for m in (replayed, plain)]
     assert loss[0] < 0.9 * loss[1]  # what it is for
-    with pytest.raises(ValueError, match="no whole row"):
+    with pytest.raises(ValueError, match="is 0 rows of text"):
         sft.run(replace(tune, out=str(tmp_path / "a"), replay=str(root / "pre" / "data"), replay_share=0.05))
     with pytest.raises(ValueError, match="holds no tokenised data"):
         sft.run(replace(tune, out=str(tmp_path / "b"), replay=str(tmp_path)))
+    with pytest.raises(ValueError, match="holds dialogues"):
+        sft.run(replace(tune, out=str(tmp_path / "c"), replay=str(root / "sft" / "data")))
     with pytest.raises(ValueError, match="between 0 and 1"):
         SFTConfig(replay_share=1.0)
 

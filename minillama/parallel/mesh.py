@@ -33,7 +33,7 @@ class Mesh:
     data_rank: int = 0
     data_ranks: int = 1
     data_group: dist.ProcessGroup | None = None
-    disk_group: dist.ProcessGroup | None = None  # for waits while something is written
+    disk_group: dist.ProcessGroup | None = None  # for waits while files are written
     patient_group: dist.ProcessGroup | None = None  # for waits that may take hours: one rank tokenises
 
     @property
@@ -119,8 +119,8 @@ def make(parallel: ParallelConfig, llama: LlamaConfig | None = None, device: str
 def start(parallel: ParallelConfig, device: str = "auto", llama: LlamaConfig | None = None) -> Mesh:
     """Join the job that torchrun started and return its mesh; alone, a mesh of one. A second call must ask for the same degrees.
 
-    GPUs talk by NCCL, CPUs by gloo. A collective that a rank never joins fails after parallel.timeout_minutes, three times that while a checkpoint
-    is written. Raises ValueError if the degrees do not fit the number of ranks, or the heads of `llama`.
+    GPUs talk by NCCL, CPUs by gloo. A collective that a rank never joins fails after parallel.timeout_minutes, one that waits for a file after three
+    times that; rank 0 may tokenise as long as it takes. Raises ValueError if the degrees do not fit the number of ranks, or the heads of `llama`.
     """
     global _current
     world = int(os.environ.get("WORLD_SIZE", "1"))
