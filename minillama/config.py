@@ -557,7 +557,7 @@ class DemoConfig:
     """The whole pipeline on tinyworld."""
 
     scale: str = "laptop"
-    """ci (about 3 minutes on 2 cores), laptop (about 14), or gpu (without alignment)."""
+    """ci (about 3 minutes on 2 cores), laptop (about 15), or gpu (without alignment)."""
     seed: int = 0
     """Seed of the world, the weights and the order of the data."""
     out: str = ""
