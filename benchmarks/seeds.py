@@ -26,12 +26,11 @@ from minillama.evaluation.tinyworld import chat_answers
 
 def replay(run: Path, scale: str, seed: int) -> None:
     """Print the greedy fact recall of SFT with and without replay on the test split."""
-    world, settings = World(seed, scale), {k: v for k, v in recipe(scale)["sft"].items() if k != "replay_share"}
-    c = SFTConfig(init=str(run / "pretrain"), out=str(run / "sft-without-replay"), resume=True, **align.train_config(settings, seed, "auto"))
     if not yaml.safe_load((run / "sft" / "config.yaml").read_text())["replay"]:
         raise SystemExit(f"{run / 'sft'} was tuned without replay; remove the run or choose another --out")
-    dialogues = [e["messages"] for e in world.demonstrations()]
-    sft.run(c, dialogues)
+    world, settings = World(seed, scale), align.train_config(recipe(scale)["sft"], seed, "auto")  # without `replay` its share says nothing
+    sft.run(SFTConfig(init=str(run / "pretrain"), out=str(run / "sft-without-replay"), resume=True, **settings),
+            [e["messages"] for e in world.demonstrations()])  # fmt: skip
     asked = {who for (who, _), split in world.split.items() if split == "train"}
     tasks, gold = [t for t in world.instructions("test") if t.kind == "fact"], Gold(world)
     for name in ("sft", "sft-without-replay"):
@@ -41,7 +40,6 @@ def replay(run: Path, scale: str, seed: int) -> None:
             right = [s.correct for t, s in scored if (t.args["who"] in asked) == wanted]
             r = rate(sum(right), len(right))
             print(f"seed {seed}, {name}: facts about names that {title}: {r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}] (n = {len(right)})", flush=True)
-
 
 
 def main() -> None:

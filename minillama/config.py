@@ -527,6 +527,10 @@ class SafetyConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, batch_size=64, lr=2e-5, warmup_steps=0, seq_len=4096))
     """Optimization (assumed: as SFT)."""
 
+    def __post_init__(self) -> None:
+        if self.red_team < 0:
+            raise ValueError(f"red_team must be 0 (every adversarial prompt) or a number of prompts, got {self.red_team}")
+
 
 @dataclass
 class GenerateConfig:

@@ -77,15 +77,13 @@ def failures(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, n
 def run(config: SafetyConfig, prompts: Sequence[dict] | None = None) -> Llama:
     """Tune for safety by `config`; `prompts` replaces config.prompts. Returns the tuned model.
 
-    Raises ValueError for prompts without an adversarial one, models of different tokenizers, or red_team below 0.
+    Raises ValueError for prompts without an adversarial one, or models of different tokenizers.
     """
     out, c = Path(config.out), config.train
     mesh = parallel.start(c.parallel, c.device)
     last_state(out, config.resume)
     if not config.safety:
         raise ValueError("safety tuning needs a safety reward model; train one with `minillama reward --kind safety` and name it with --safety")
-    if config.red_team < 0:
-        raise ValueError(f"red_team must be 0 (every adversarial prompt) or a number of prompts, got {config.red_team}")
     device = pick_device(c.device)
     prompts = sources.read_prompts(config.prompts) if prompts is None else list(prompts)
     selected = out / "selected.jsonl"

@@ -36,12 +36,12 @@ def losses(path: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in rows if "loss" in r}
 
 
-def wait_for(what, seconds: float, about: str):
-    """Wait until what() is true. Fails after `seconds`."""
+def wait_for(what, seconds: float, about: str, pause: float = 0.2):
+    """Wait until what() is true, asked every `pause` seconds. Fails after `seconds`."""
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, about
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 def test_a_job_that_is_warned_and_requeued_ends_with_the_losses_of_one_left_alone(slurm, tmp_path):

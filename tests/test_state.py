@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 import faults  # noqa: E402
 import state_worker as worker  # noqa: E402
 from test_parallel import torchrun, verbs  # noqa: E402
+from test_slurm import wait_for  # noqa: E402
 
 TEXTS = [f"Line {i} of the long book tells of {i % 7} boats. " * (1 + i % 4) for i in range(120)]
 RESUMED = {"fsdp4": {"shard": 4}, "fsdp2-tp2": {"shard": 2, "tensor": 2}, "hsdp": {"replicate": 2, "shard": 2}, "from-one": {"shard": 4},
@@ -192,13 +192,6 @@ def stage(tmp_path_factory):
     return root, command
 
 
-def wait(done: Callable[[], object], seconds: float, pause: float = 0.1) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(pause)
-
-
 def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -256,17 +249,17 @@ def test_a_rank_that_hangs_is_named(stage, tmp_path, saving):
     with log.open("w") as f:
         job = subprocess.Popen(command(out, *more), stderr=f, stdout=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        wait(lambda: len(faults.records(out)) >= 3, 180)
+        wait_for(lambda: len(faults.records(out)) >= 3, 180, "no 3 steps in three minutes")
         silent, hidden = faults.rank_pids(job.pid)[1], lambda: list((out / "checkpoint").glob(".tmp-step-*"))
         while True:
             if saving:
-                wait(hidden, 90, pause=0)
+                wait_for(hidden, 90, "nothing was saved", pause=0)
             os.kill(silent, signal.SIGSTOP)
             time.sleep(1)
             if not saving or hidden():  # else the save was over before the signal came
                 break
             os.kill(silent, signal.SIGCONT)
-        wait(lambda: "waited in vain" in log.read_text(), 90)
+        wait_for(lambda: "waited in vain" in log.read_text(), 90, "no rank said whom it waited for")
         os.kill(silent, signal.SIGCONT)
         assert job.wait(60) != 0
     finally:
