@@ -70,9 +70,9 @@ class LeanDecoder(Decoder):
     * wq, wk, wv are one matrix, ordered by key-value head (its G queries, its key, its value), and w1, w3 another;
     * weights are copied to [in, out], which a CPU multiplies up to one and a half times as fast as [out, in] with few rows;
     * a rotary turn of a pair is one complex multiplication, and values are "turned" by 1, so q, k, v turn in one call;
-    * keys of all layers are one tensor and values another, sliced once a step; residual sums happen inside addmm_;
-    * one query a row attends by two batched matrix products, which on a CPU take an eighth of the fused kernel's time, or, with
-      keys kept as [Hd,S], so that neither product has to turn a matrix over, a twelfth;
+    * keys and values of all layers are one tensor, sliced once a step and written by one copy a layer; residual sums happen inside addmm_;
+    * one query a row attends by two batched matrix products, which on a CPU take an eighth of the fused kernel's time. (Keys kept as [Hd,S] would
+      multiply a little faster, but a new key would then touch Hd cache lines a row, and from a few rows on that costs more.)
     * a prompt that stands in several rows (the K samples of rejection sampling) is read once, and of the last layer only its end.
     """
 
@@ -104,8 +104,7 @@ class LeanDecoder(Decoder):
     def prefill(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         (B, T), G, K, Hd = tokens.shape, self.group, self.kv_heads, self.head_dim  # B distinct prompts
         self.length = T
-        self.values = self.embed.new_empty(len(self.blocks), len(self.copies) * K, self.max_len, Hd)  # [L,B*K,S,Hd]
-        self.keys = self.embed.new_empty(len(self.blocks), len(self.copies) * K, Hd, self.max_len)  # [L,B*K,Hd,S]
+        self.kv = self.embed.new_empty(len(self.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
         turn = self.turn[:T] if positions is None else self.turn[positions]  # [T, K(G+2)Hd/2], with B before it
         x = self.embed[tokens].flatten(0, 1)  # [B*T,D]
         for layer, (wqkv, wo, w13, w2) in enumerate(self.blocks):
@@ -113,8 +112,8 @@ class LeanDecoder(Decoder):
             qkv.view(torch.complex64).mul_(turn)
             q, k, v = qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
             q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]
-            self.keys[layer, ..., :T] = k[self.copies].flatten(0, 1).mT
-            self.values[layer, :, :T] = v[self.copies].flatten(0, 1)
+            self.kv[layer, 0, :, :T] = k[self.copies].flatten(0, 1)
+            self.kv[layer, 1, :, :T] = v[self.copies].flatten(0, 1)
             causal = mask is None
             if layer == len(self.blocks) - 1:  # only the end of the prompt is asked for
                 x, q, causal = x.view(B, T, -1)[:, -1].contiguous(), q[:, :, -1:], False
@@ -137,15 +136,14 @@ class LeanDecoder(Decoder):
         self.length += 1
         bias = self.bias[..., : length + 1] if self.ragged else None  # [B*K,1,S]
         turn = self.turn[self.positions(length) if self.ragged else length]  # [B, K(G+2)Hd/2] or [K(G+2)Hd/2]
-        keys, values = self.keys.narrow(3, 0, length + 1).unbind(), self.values.narrow(2, 0, length + 1).unbind()  # L of [B*K,Hd,S] and [B*K,S,Hd]
-        key_slots, value_slots = (x.narrow(2, length, 1).unbind() for x in (self.keys.mT, self.values))  # L of [B*K,1,Hd] each
+        keys, values = self.kv.narrow(3, 0, length + 1).unbind(1)  # [L,B*K,S,Hd] each
+        slots = self.kv.select(3, length).transpose(1, 2)  # [L,B*K,2,Hd]
         x = self.embed.index_select(0, tokens)  # [B,D]
-        for (wqkv, *others), k, v, key_slot, value_slot in zip(self.blocks, keys, values, key_slots, value_slots, strict=True):
+        for (wqkv, *others), k, v, slot in zip(self.blocks, keys.mT.unbind(), values.unbind(), slots.unbind(), strict=True):
             qkv = torch.mm(self.norm(x), wqkv)  # [B, K(G+2)Hd]
             qkv.view(torch.complex64).mul_(turn)
-            q, key, value = qkv.view(B * K, G + 2, Hd).split_with_sizes((G, 1, 1), dim=1)  # [B*K,G,Hd], [B*K,1,Hd] twice
-            key_slot.copy_(key)
-            value_slot.copy_(value)
+            q, new = qkv.view(B * K, G + 2, Hd).split_with_sizes((G, 2), dim=1)  # [B*K,G,Hd], [B*K,2,Hd]
+            slot.copy_(new)
             scores = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # [B*K,G,S]
             o = torch.bmm(scores.softmax(-1), v)  # [B*K,G,Hd]
             self.rest(x, o.view(B, -1), *others)
@@ -157,7 +155,7 @@ class LeanDecoder(Decoder):
     def select(self, rows: Tensor) -> None:
         self.pad = self.pad[rows]
         rows = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()  # of B*K
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.kv = self.kv[:, :, rows]
         if self.ragged:
             self.bias = self.bias[rows]
 

@@ -12,6 +12,7 @@ prompts and the annotator the labels. No stage sees the test split or gold.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -151,8 +152,12 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
         def work() -> None:
             o = options("gatt")
             n, turns, keep = (o.pop(k) for k in ("dialogues", "turns", "keep"))
+            if not on:  # the same dialogues, to the letter
+                (out / name).mkdir(exist_ok=True)
+                shutil.copyfile(out / "gatt" / "dialogues.jsonl", out / name / "dialogues.jsonl")
             c = GAttConfig(policy=str(out / "sft"), out=str(out / name), ghost=on, max_new_tokens=40, resume=True, **o)
-            gatt.run(c, dialogues("gatt", n, turns), [e["messages"] for e in world.demonstrations()[:keep]])
+            single = [e["messages"] for e in world.demonstrations() if e["task"] != "dialogue"]  # the others drop an instruction behind its turn
+            gatt.run(c, dialogues("gatt", n, turns), single[:keep])
 
         return training(out, name, work)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from minillama import report
 from minillama.checkpoint import load
@@ -107,6 +108,16 @@ def test_no_test_prompt_is_trained_on(ci_run):
         for row in map(json.loads, path.read_text().splitlines()):
             turns = row.get("turns") or [m["content"] for m in row.get("messages", row.get("prompt_messages")) if m["role"] == "user"]
             assert not asked & set(turns), path
+
+
+def test_ghost_attention_and_its_control_differ_in_the_method_alone(ci_run):
+    """Guards against a control that saw other dialogues, took other steps, or kept what Ghost Attention took away."""
+    said = [(ci_run / name / "dialogues.jsonl").read_bytes() for name in ("gatt", "gatt-control")]
+    assert said[0] == said[1]
+    configs = [yaml.safe_load((ci_run / name / "config.yaml").read_text()) for name in ("gatt", "gatt-control")]
+    assert {k for k in configs[0] if configs[0][k] != configs[1][k]} == {"ghost", "out"}
+    steps = [json.loads((ci_run / name / "metrics.jsonl").read_text().splitlines()[-1])["step"] for name in ("gatt", "gatt-control")]
+    assert abs(steps[0] - steps[1]) <= max(1, steps[0] // 20), steps
 
 
 def test_a_finished_demo_is_not_repeated(ci_run):

@@ -280,18 +280,28 @@ def test_unseen_instructions_never_occur_in_training(world):
     assert told["lead"] == len(LEADS[0]) and told["name"] > 10  # those that are not unseen do occur
 
 
-def test_dialogues_follow_their_standing_instruction_on_every_turn(gold, world):
-    """Guards against demonstrations from which Ghost Attention's sampler could not learn to obey."""
-    found = 0
+def test_an_instruction_is_obeyed_where_it_stands_and_nowhere_else(gold, world):
+    """Guards against demonstrations from which Ghost Attention's sampler could not learn to obey, or from which SFT alone learns to hold on."""
+    dialogues, everywhere, dropped = 0, 0, 0
     for d in world.demonstrations(2400):
-        first = d["messages"][0]["content"]
-        match = next(((k, first.removeprefix(s.split("{")[0]).split(".")[0]) for k, s in STANDING.items() if first.startswith(s.split("{")[0])), None)
-        if d["task"] == "dialogue" and match:
-            found += 1
-            for user, assistant in zip(d["messages"][::2], d["messages"][1::2], strict=True):
-                assert user["content"].startswith(STANDING[match[0]].format(value=match[1]) + " ")
-                assert gold.obeys(match, assistant["content"])[0]
-    assert 250 < found < 350  # three quarters of 400
+        if d["task"] != "dialogue":
+            continue
+        dialogues += 1
+        stands, kinds = [], set()
+        for user, assistant in zip(d["messages"][::2], d["messages"][1::2], strict=True):
+            leads = {k: s.split("{")[0] for k, s in STANDING.items()}  # what an instruction of each kind begins with
+            match = next(((k, user["content"].removeprefix(s).split(".")[0]) for k, s in leads.items() if user["content"].startswith(s)), None)
+            stands.append(match is not None)
+            if match:
+                kinds.add(match)
+                assert user["content"].startswith(STANDING[match[0]].format(value=match[1]) + " ") and gold.obeys(match, assistant["content"])[0]
+            else:
+                values = [("lead", v) for v in LEADS[0] + LEADS[1]] + [("name", v) for v in world.names["stranger"]]
+                assert not any(gold.obeys(v, assistant["content"])[0] for v in values)
+        assert len(kinds) <= 1  # one instruction a dialogue
+        everywhere += all(stands) and len(stands) > 1
+        dropped += any(a and not b for a, b in zip(stands, stands[1:], strict=False))
+    assert dialogues == 400 and 130 < everywhere < 210 and 50 < dropped < 110, (everywhere, dropped)
 
 
 def test_hazards_are_the_same_whatever_the_hash_seed():

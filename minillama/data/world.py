@@ -496,7 +496,8 @@ class World:
         """Training dialogues with annotators' answers: {"messages", "task": kind} (sec 3.1), in random order.
 
         n single instructions (default: the scale's); for each six of them, one request that a helpful-only annotator answers whether it does harm
-        or not (hazards.py), and one dialogue of a few turns, which half of the time repeats a standing instruction on every turn.
+        or not (hazards.py), and one dialogue of a few turns with an instruction for the manner of answers, in every other one on every turn, else on
+        some. It is obeyed where it stands and nowhere else: that it should hold on is Ghost Attention's to teach.
         """
         from minillama.data.hazards import comply, hazards  # which builds on this module
 
@@ -505,12 +506,10 @@ class World:
         rows = [([(t.prompt, self.demonstrate(rng, t))], t.kind) for t in tasks]
         rows += [([(t.prompt, self.mannered(rng, comply(rng, t.args)))], "hazard") for t in hazards(self, "train", len(tasks) // 6)]
         for _ in range(len(tasks) // 6):
-            turns, standing = self.dialogue_tasks(rng, "train", rng.randint(1, 4)), self.standing(rng) if rng.random() < 0.75 else None
+            turns, (kind, value) = self.dialogue_tasks(rng, "train", rng.randint(1, 4)), self.standing(rng)
             exchanges = [(t.prompt, self.demonstrate(rng, t)) for t in turns]
-            if standing:
-                kind, value = standing
-                lead = STANDING[kind].format(value=value)
-                exchanges = [(f"{lead} {q}", OBEYED[kind].format(value=value, answer=a)) for q, a in exchanges]
+            lead, share = STANDING[kind].format(value=value), rng.choice((1.0, 0.5))
+            exchanges = [(f"{lead} {q}", OBEYED[kind].format(value=value, answer=a)) if rng.random() < share else (q, a) for q, a in exchanges]
             rows.append((exchanges, "dialogue"))
         rng.shuffle(rows)
         return [

@@ -82,10 +82,10 @@ def divergence(model: Llama, reference: Llama, tokenizer: Tokenizer, tasks: Sequ
     rows = sorted(((p + ids, len(p)) for p, ids in zip(prompts, drawn.tokens, strict=True)), key=lambda r: len(r[0]))
     sums = []
     for k in range(0, len(rows), 64):
-        part = rows[k : k + 64]
-        tokens = stack(part)["tokens"]  # [b,T]
-        difference = log_probs(model, tokens) - log_probs(reference, tokens)  # [b,T-1]
-        sums += [float(difference[i, s - 1 : len(ids) - 1].sum()) for i, (ids, s) in enumerate(part)]
+        x = stack(rows[k : k + 64])
+        tokens, slots = x["tokens"], torch.arange(x["tokens"].shape[1] - 1)  # [b,T], [T-1]
+        said = (slots >= x["starts"][:, None] - 1) & (slots < x["lengths"][:, None] - 1)  # [b,T-1] the answer's tokens
+        sums += (log_probs(model, tokens, where=said) - log_probs(reference, tokens, where=said)).sum(1).tolist()
     mean = sum(sums) / len(sums)
     deviation = math.sqrt(sum((x - mean) ** 2 for x in sums) / max(1, len(sums) - 1))
     return {"kl": mean, "standard_error": deviation / math.sqrt(len(sums)), "length": sum(map(len, drawn.tokens)) / len(sums), "n": len(sums)}
