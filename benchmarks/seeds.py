@@ -3,7 +3,8 @@
     python benchmarks/seeds.py [--scale laptop] [--seeds 0 1 2] [--out runs/seeds] [--replay]
 
 A seed changes the world, its splits, the weights and the order of the data. Finished runs are read, not repeated. --replay tunes each base model once more,
-without the pretraining text beside the dialogues, and says what that costs, on names that some training question asked of and on those that none did.
+without the pretraining text beside the dialogues, and says what base model and both tuned ones recall, of names that some training question asked of and of
+those that none did.
 """
 import argparse
 import json
@@ -21,11 +22,11 @@ from minillama.data.gold import Gold
 from minillama.data.world import World
 from minillama.demo import recipe
 from minillama.evaluation.stats import rate
-from minillama.evaluation.tinyworld import chat_answers
+from minillama.evaluation.tinyworld import base_answers, chat_answers
 
 
 def replay(run: Path, scale: str, seed: int) -> None:
-    """Print the greedy fact recall of SFT with and without replay on the test split."""
+    """Print the greedy fact recall of the base model, asked with examples, and of SFT with and without replay, on the test split."""
     if not yaml.safe_load((run / "sft" / "config.yaml").read_text())["replay"]:
         raise SystemExit(f"{run / 'sft'} was tuned without replay; remove the run or choose another --out")
     world, settings = World(seed, scale), align.train_config(recipe(scale)["sft"], seed, "auto")  # without `replay` its share says nothing
@@ -33,9 +34,10 @@ def replay(run: Path, scale: str, seed: int) -> None:
             [e["messages"] for e in world.demonstrations()])  # fmt: skip
     asked = {who for (who, _), split in world.split.items() if split == "train"}
     tasks, gold = [t for t in world.instructions("test") if t.kind == "fact"], Gold(world)
-    for name in ("sft", "sft-without-replay"):
+    for name in ("pretrain", "sft", "sft-without-replay"):
         model, tokenizer = load(run / name)
-        scored = [(t, gold.score(t, a)) for t, a in zip(tasks, chat_answers(model, tokenizer, tasks), strict=True)]
+        answers = base_answers(model, tokenizer, world, tasks) if name == "pretrain" else chat_answers(model, tokenizer, tasks)
+        scored = [(t, gold.score(t, a)) for t, a in zip(tasks, answers, strict=True)]
         for title, wanted in (("some question asked of", True), ("no question asked of", False)):
             right = [s.correct for t, s in scored if (t.args["who"] in asked) == wanted]
             r = rate(sum(right), len(right))
