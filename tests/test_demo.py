@@ -10,7 +10,7 @@ import yaml
 from minillama import report
 from minillama.checkpoint import load
 from minillama.data.world import World
-from minillama.evaluation.tinyworld import chat_answers, judge
+from minillama.evaluation.tinyworld import base_answers, chat_answers, judge
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +22,13 @@ def test_the_tuned_model_answers(ci_run):
     assert e["n"] == World(0, "ci").size.tasks
     assert sft["parses"]["mean"] > 0.8 and sft["on_topic"]["mean"] > 0.7
     assert sft["fact_recall"]["mean"] > 0.4  # a guess is right in about one of eight
-    # the base model, asked with examples, parses as often (0.90 of 200): what it cannot do is a story on demand
     assert sft["by_kind"]["story"]["helpfulness"] > base["by_kind"]["story"]["helpfulness"] + 0.2
+    world = World(0, "ci")
+    tasks = world.instructions("validation") + world.instructions("rlhf", 500)  # 200 test prompts would leave the next line to one answer
+    (model, tokenizer), chat = load(ci_run / "pretrain"), load(ci_run / "sft")[0]
+    answers = base_answers(model, tokenizer, world, tasks), chat_answers(chat, tokenizer, tasks)
+    base, sft = (judge(world, tasks, a) for a in answers)
+    assert sft["parses"]["low"] > base["parses"]["high"]
 
 
 def test_the_evaluation_can_be_repeated(ci_run):

@@ -283,20 +283,20 @@ def test_unseen_instructions_never_occur_in_training(world):
 def test_an_instruction_is_obeyed_where_it_stands_and_nowhere_else(gold, world):
     """Guards against demonstrations from which Ghost Attention's sampler could not learn to obey, or from which SFT alone learns to hold on."""
     dialogues, everywhere, dropped = 0, 0, 0
+    leads = {k: s.split("{")[0] for k, s in STANDING.items()}  # what an instruction of each kind begins with
+    values = [("lead", v) for v in LEADS[0] + LEADS[1]] + [("name", v) for v in world.names["stranger"]]
     for d in world.demonstrations(2400):
         if d["task"] != "dialogue":
             continue
         dialogues += 1
         stands, kinds = [], set()
         for user, assistant in zip(d["messages"][::2], d["messages"][1::2], strict=True):
-            leads = {k: s.split("{")[0] for k, s in STANDING.items()}  # what an instruction of each kind begins with
             match = next(((k, user["content"].removeprefix(s).split(".")[0]) for k, s in leads.items() if user["content"].startswith(s)), None)
             stands.append(match is not None)
             if match:
                 kinds.add(match)
                 assert user["content"].startswith(STANDING[match[0]].format(value=match[1]) + " ") and gold.obeys(match, assistant["content"])[0]
             else:
-                values = [("lead", v) for v in LEADS[0] + LEADS[1]] + [("name", v) for v in world.names["stranger"]]
                 assert not any(gold.obeys(v, assistant["content"])[0] for v in values)
         assert len(kinds) <= 1  # one instruction a dialogue
         everywhere += all(stands) and len(stands) > 1
