@@ -99,6 +99,28 @@ def optimise(world: World, out: Path, settings: dict, seed: int, device: str, he
                       resume=True, **o), rows, gold_watch(world, out, seed))  # fmt: skip
 
 
+def dialogues(world: World, purpose: str, n: int, turns: int) -> list[dict]:
+    """n dialogues for Ghost Attention, of two to `turns` turns: {"standing": an instruction, "turns": what the user asks}."""
+    rng, rows = world.rng(purpose), []
+    for _ in range(n):
+        kind, value = world.standing(rng)
+        tasks = world.dialogue_tasks(rng, "train", rng.randint(2, turns))
+        rows.append({"standing": STANDING[kind].format(value=value), "turns": [t.prompt for t in tasks]})
+    return rows
+
+
+def ghost_attention(world: World, out: Path, settings: dict, seed: int, device: str, on: bool = True) -> None:
+    """Ghost Attention from SFT into the folder "gatt", or its control into "gatt-control": the very same dialogues with the instruction kept on every turn."""
+    name, o = "gatt" if on else "gatt-control", train_config({k: v for k, v in settings.items() if k != "control"}, seed, device)
+    n, turns, keep = (o.pop(k) for k in ("dialogues", "turns", "keep"))
+    if not on:
+        (out / name).mkdir(exist_ok=True)
+        shutil.copyfile(out / "gatt" / "dialogues.jsonl", out / name / "dialogues.jsonl")
+    single = [e["messages"] for e in world.demonstrations() if e["task"] != "dialogue"]  # the others drop an instruction behind its turn
+    gatt.run(GAttConfig(policy=str(out / "sft"), out=str(out / name), ghost=on, max_new_tokens=40, resume=True, **o), dialogues(world, "gatt", n, turns),
+             single[:keep])  # fmt: skip
+
+
 def build(world: World, out: Path, settings: dict, seed: int, device: str, stage: Stage) -> None:
     """Run every alignment stage that is not there yet."""
     def options(name: str) -> dict:
@@ -139,28 +161,6 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
 
         return training(out, f"reject-{number}", work)
 
-    def dialogues(purpose: str, n: int, turns: int) -> list[dict]:
-        rng = world.rng(purpose)
-        rows = []
-        for _ in range(n):
-            kind, value = world.standing(rng)
-            tasks = world.dialogue_tasks(rng, "train", rng.randint(2, turns))
-            rows.append({"standing": STANDING[kind].format(value=value), "turns": [t.prompt for t in tasks]})
-        return rows
-
-    def ghost(name: str, on: bool) -> Callable[[], None]:
-        def work() -> None:
-            o = options("gatt")
-            n, turns, keep = (o.pop(k) for k in ("dialogues", "turns", "keep"))
-            if not on:  # the same dialogues, to the letter
-                (out / name).mkdir(exist_ok=True)
-                shutil.copyfile(out / "gatt" / "dialogues.jsonl", out / name / "dialogues.jsonl")
-            c = GAttConfig(policy=str(out / "sft"), out=str(out / name), ghost=on, max_new_tokens=40, resume=True, **o)
-            single = [e["messages"] for e in world.demonstrations() if e["task"] != "dialogue"]  # the others drop an instruction behind its turn
-            gatt.run(c, dialogues("gatt", n, turns), single[:keep])
-
-        return training(out, name, work)
-
     def make_safe() -> None:
         o = options("safety")
         tasks = hazards.hazards(world, "rlhf", o.pop("hazards"), "safety") + world.instructions("rlhf", o.pop("helpful"), "safety")
@@ -168,8 +168,12 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
                                 safety=str(out / "reward-safety-2"), out=str(out / "safety"), max_new_tokens=MAX_NEW, resume=True, **o),
                    prompt_rows(tasks))  # fmt: skip
 
+    def ghost(name: str, on: bool) -> Callable[[], None]:
+        return training(out, name, lambda: ghost_attention(world, out, settings["gatt"], seed, device, on))
+
     stage("gatt", "Ghost Attention", finished(out, "gatt"), ghost("gatt", True))
-    stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), ghost("gatt-control", False))
+    if settings["gatt"].get("control"):
+        stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), ghost("gatt-control", False))
     stage("safety-sft", "supervised safety tuning", finished(out, "safety-sft"), training(out, "safety-sft", safety_sft))
     for number, policy, other in ((1, "sft", "safety-sft"), (2, "reject-1", "safety-sft"), (3, "reject-2", "reject-1")):
         stage(f"preferences-{number}", f"preferences, round {number}", out / f"preferences-{number}.jsonl", preferences(number, policy, other))
@@ -239,11 +243,12 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     samples = sources.read_rows(out / "reject-2" / "samples.jsonl", ("samples",))
     k = len(samples[0]["samples"])
     result["best_of"] = rejection.best_of([r["samples"] for r in samples], [n for n in (1, 2, 4, 8, 16, 32) if n <= k])
-    chat, ghost, control = models["sft"], models["gatt"], load(out / "gatt-control")[0]
+    chat, ghost = models["sft"], models["gatt"]
     recall = lambda model, **how: judge.standing_recall(model, tokenizer, world, **how)  # noqa: E731
     result["standing"] = {
         "SFT, instruction on every turn": {"seen": recall(chat, turns=SHORT, every=True)}, "sft": {"seen": recall(chat, turns=SHORT)},
-        "control": {"seen": recall(control, turns=SHORT)},
         "gatt": {"seen": {**recall(ghost, turns=SHORT), **recall(ghost, turns=(20,), n=40)}, "unseen": recall(ghost, turns=SHORT, unseen=True)},
     }  # fmt: skip
+    if finished(out, "gatt-control").exists():
+        result["standing"]["control"] = {"seen": recall(load(out / "gatt-control")[0], turns=SHORT)}
     return result

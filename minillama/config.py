@@ -366,7 +366,7 @@ class RejectConfig:
     select: str = "best"
     """best by the gated reward, or random: the control that must show nothing."""
     batch: int = 256
-    """Rows that are sampled and scored at once (assumed)."""
+    """Rows that are sampled at once (assumed)."""
     epochs: float = 2.0
     """Passes over the selected samples (paper: as SFT)."""
     resume: bool = False

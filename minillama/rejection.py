@@ -37,7 +37,7 @@ def draw(policy: Llama, tokenizer, prompts: Sequence[dict], reward: Gated, k: in
     asked = [encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in p["messages"]]) for p in prompts]
     rows = sample_many(policy, [ids for ids in asked for _ in range(k)], max_new_tokens, temperature, seed, [[tokenizer.eos_id]], batch)
     scored = reward([(asked[i // k] + ids, len(asked[i // k])) for i, ids in enumerate(rows.tokens)],
-                    [prompts[i // k]["safety"] for i in range(len(rows.tokens))], batch)  # fmt: skip
+                    [prompts[i // k]["safety"] for i in range(len(rows.tokens))])  # fmt: skip
     samples: list[list[dict]] = [[] for _ in prompts]
     for i, (ids, finished) in enumerate(zip(rows.tokens, rows.stopped, strict=True)):
         answer = tokenizer.decode(ids[:-1] if finished else ids).strip()

@@ -278,13 +278,14 @@ def run(config: RewardConfig, pairs: Sequence[Pair] | None = None) -> RewardMode
 
 
 @torch.no_grad()
-def score(model: RewardModel, rows: Sequence[tuple[list[int], int]], batch: int = 256) -> Tensor:
-    """Rewards [n] of rows (tokens, start of the answer), in batches of like length, on the model's device; returned on the CPU."""
+def score(model: RewardModel, rows: Sequence[tuple[list[int], int]], batch: int = 64) -> Tensor:
+    """Rewards [n] of rows (tokens, start of the answer), on the model's device; returned on the CPU. `batch` rows a data rank go together, of like
+    length; with many more a CPU takes up to twice the time, as each layer's states then are fresh memory."""
     device, mesh = next(model.parameters()).device, parallel.current()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     rewards = torch.zeros(len(rows), device=device)
-    for k in range(0, len(order), batch):
-        index = order[k : k + batch]
+    for k in range(0, len(order), batch * mesh.data_ranks):
+        index = order[k : k + batch * mesh.data_ranks]
         mine = index[mesh.share(len(index))]
         # a rank without a row of its own goes along: its part of the weights is needed
         x = {name: t.to(device) for name, t in stack([rows[i] for i in mine or index[:1]]).items()}
@@ -341,9 +342,9 @@ class Gated:
             model.to(device)
         self.gate = gate
 
-    def __call__(self, rows: Sequence[tuple[list[int], int]], is_safety: Sequence[bool], batch: int = 256) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[tuple[list[int], int]], is_safety: Sequence[bool]) -> dict[str, Tensor]:
         """{"helpful", "safety" (if there is one), "reward"} [n] each, logits, of rows (tokens, start of the answer)."""
-        h = score(self.helpful, rows, batch)
-        s = score(self.safety, rows, batch) if self.safety is not None else None
+        h = score(self.helpful, rows)
+        s = score(self.safety, rows) if self.safety is not None else None
         out = {"helpful": h, "reward": gated(h, s, torch.tensor(list(is_safety)), self.gate)}
         return out if s is None else {**out, "safety": s}

@@ -443,7 +443,7 @@ def check_draw(m):
         assert asked == [encode_prompt(t, [Message("user", f"Tell line {i // 2}")]) for i in range(6)]
         return Samples([t.encode(f"{x} ") + [t.eos_id] * e for x, e in zip(texts, ends, strict=True)], [[]] * 6, ends)
 
-    def judged(rows, flags, batch):
+    def judged(rows, flags):
         assert flags == [False, False, True, True, False, False]
         for i, (ids, start) in enumerate(rows):
             assert ids[:start] == encode_prompt(t, [Message("user", f"Tell line {i // 2}")])
@@ -788,7 +788,7 @@ MUTANTS = [
     Mutant(reward, "the gate on the helpfulness", "torch.sigmoid(safety) < gate", "torch.sigmoid(helpful) < gate", check_gate),
     Mutant(reward, "safety prompts are not gated", "torch.where(is_safety | (", "torch.where((", check_gate),
     Mutant(reward, "helpfulness for the unsafe", ", safety, helpful)", ", helpful, safety)", check_gate),
-    Mutant(reward, "one model for both scores", "score(self.safety, rows, batch)", "score(self.helpful, rows, batch)", check_gated),
+    Mutant(reward, "one model for both scores", "score(self.safety, rows)", "score(self.helpful, rows)", check_gated),
     Mutant(reward, "a gate without its flags", "torch.tensor(list(is_safety))", "torch.zeros(len(rows), dtype=torch.bool)", check_gated),
     Mutant(reward, "a tie is right", "(r[:, 0] > r[:, 1]).float()", "(r[:, 0] >= r[:, 1]).float()", check_accuracy),
     Mutant(reward, "accuracy turned around", "(r[:, 0] > r[:, 1]).float()", "(r[:, 0] < r[:, 1]).float()", check_accuracy),
