@@ -1,4 +1,5 @@
 """tinyworld and its gold standard."""
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,21 @@ def test_the_same_seed_gives_the_same_world_whatever_the_hash_seed():
     seen = {run(h).stdout for h in "07"}
     assert len(seen) == 1
     assert World(4, "ci").hash != World(3, "ci").hash
+
+
+def test_demonstrations_bring_in_no_stranger(world):
+    """Guards against an annotator who makes up a person: a model can only guess such a name, and its likeliest beginning is shared by many, so
+    that greedy stories stopped in the middle of one. In the corpus strangers do turn up, to be copied."""
+    strangers, stories = set(world.names["stranger"]), 0
+    for e in world.demonstrations():
+        told: set[str] = set()
+        for m in e["messages"]:
+            names = strangers & set(re.findall(r"\w+", m["content"]))
+            assert m["role"] != "assistant" or names <= told, e
+            told |= names
+        stories += e["task"] == "story"
+    assert stories > 50
+    assert any(strangers & set(re.findall(r"\w+", d["text"].split("\n", 1)[-1])) for d, _ in zip(world.documents(), range(200), strict=False))
 
 
 def test_splits_share_no_prompt_and_no_fact_pair(world):

@@ -280,9 +280,10 @@ class World:
     def _askable(self) -> list[tuple[str, str]]:
         return [pair for pair, split in self.split.items() if split == "train"]
 
-    def story(self, rng: Random, p: str, t: str, u: str, body: int) -> str:
-        """A story about person p with the things t and u: an opening, `body` sentences, an end; p, t and u all occur."""
-        q = next(x for x in self._some(rng, 2) if x != p)
+    def story(self, rng: Random, p: str, t: str, u: str, body: int, known: float = 0.6) -> str:
+        """A story about person p with the things t and u: an opening, `body` sentences, an end; p, t and u all occur. Who else is in it is somebody known
+        by that chance, or else a stranger."""
+        q = next(x for x in self._some(rng, 2, known) if x != p)
         slots = dict(p=p, q=q, t=t, u=u, place=rng.choice(self.names["place"]))
         middle = rng.sample(STORY_BODY, body)
         text = [rng.choice(STORY_OPEN), *middle, rng.choice(STORY_END)]
@@ -461,7 +462,7 @@ class World:
         if task.kind == "fact":
             return self.statement(rng, a["who"], a["what"])
         if task.kind == "story":
-            return self.story(rng, a["who"], *a["words"], body=2)
+            return self.story(rng, a["who"], *a["words"], body=2, known=1.0)  # to make up a stranger's name is not what the prompt asks for
         if task.kind == "reading":
             return f"The {a['thing']} belongs to {a['who']}."
         if task.kind == "list":
