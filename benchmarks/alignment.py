@@ -54,11 +54,15 @@ def controls(run: Path, scale: str, seed: int) -> dict:
     return result
 
 
+def span(r: dict) -> str:
+    """A mean with its interval."""
+    return f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+
+
 def checks(e: dict, seconds: float, limit: float) -> list[tuple[str, str, bool]]:
     """(what, seen, holds) for every line that the demo must meet."""
     m = e["models"]
     wins = lambda a, b, t: m[a][t]["wins"][b]  # noqa: E731
-    span = lambda r: f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"  # noqa: E731
     rows = [("seconds", f"{seconds:.0f}", seconds <= limit)]
     for a, b, t, need in (("reject-2", "sft", "1.0", 0.65), ("ppo", "sft", "1.0", 0.75), ("ppo", "reject-2", "1.0", 0.55), ("reject-2", "sft", "0.0", 0.5)):
         r = wins(a, b, t)
@@ -106,14 +110,13 @@ def main() -> None:
             found = controls(run, a.scale, seed)
             report.build(run)
             free, ghost = found.pop("free"), found.pop("ghost")
-            rows.append(("Ghost Attention's control at turn 6 (<= 0.40)", f"{ghost['mean']:.3f} [{ghost['low']:.3f}, {ghost['high']:.3f}]",
-                         ghost["mean"] <= 0.4))  # fmt: skip
+            rows.append(("Ghost Attention's control at turn 6 (<= 0.40)", span(ghost), ghost["mean"] <= 0.4))
             best, last = max(free, key=lambda r: r["eval/gold"]), free[-1]
             rows.append(("KL let go: the proxy rises while gold falls", f"gold {best['eval/gold']:.3f} at iteration {best['step']}, {last['eval/gold']:.3f} at "
                          f"{last['step']}; proxy {best['eval/reward']:.2f}, {last['eval/reward']:.2f}",
                          last["eval/gold"] < best["eval/gold"] - 0.05 and last["eval/reward"] > best["eval/reward"] - 0.1))  # fmt: skip
             for name, r in found.items():
-                rows.append((f"control: {name}, interval holds 0.5", f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]", r["low"] <= 0.5 <= r["high"]))
+                rows.append((f"control: {name}, interval holds 0.5", span(r), r["low"] <= 0.5 <= r["high"]))
         world = json.loads((run / "world.json").read_text())["hash"]
         print(f"\nseed {seed}, world {world}, n = {e['n']} prompts and {e['n_hazards']} hazards\n\n| what | seen | holds |\n|---|---|---|")
         for what, seen, holds in rows:

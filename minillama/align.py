@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -111,7 +112,8 @@ def dialogues(world: World, purpose: str, n: int, turns: int) -> list[dict]:
 
 def ghost_attention(world: World, out: Path, settings: dict, seed: int, device: str, on: bool = True) -> None:
     """Ghost Attention from SFT into the folder "gatt", or its control into "gatt-control": the very same dialogues with the instruction kept on every turn."""
-    name, o = "gatt" if on else "gatt-control", train_config({k: v for k, v in settings.items() if k != "control"}, seed, device)
+    name, o = "gatt" if on else "gatt-control", train_config(settings, seed, device)
+    o.pop("control", None)  # whether the demo trains it
     n, turns, keep = (o.pop(k) for k in ("dialogues", "turns", "keep"))
     if not on:
         (out / name).mkdir(exist_ok=True)
@@ -168,12 +170,10 @@ def build(world: World, out: Path, settings: dict, seed: int, device: str, stage
                                 safety=str(out / "reward-safety-2"), out=str(out / "safety"), max_new_tokens=MAX_NEW, resume=True, **o),
                    prompt_rows(tasks))  # fmt: skip
 
-    def ghost(name: str, on: bool) -> Callable[[], None]:
-        return training(out, name, lambda: ghost_attention(world, out, settings["gatt"], seed, device, on))
-
-    stage("gatt", "Ghost Attention", finished(out, "gatt"), ghost("gatt", True))
+    ghost = partial(ghost_attention, world, out, settings["gatt"], seed, device)
+    stage("gatt", "Ghost Attention", finished(out, "gatt"), training(out, "gatt", ghost))
     if settings["gatt"].get("control"):
-        stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), ghost("gatt-control", False))
+        stage("gatt-control", "Ghost Attention's control", finished(out, "gatt-control"), training(out, "gatt-control", partial(ghost, on=False)))
     stage("safety-sft", "supervised safety tuning", finished(out, "safety-sft"), training(out, "safety-sft", safety_sft))
     for number, policy, other in ((1, "sft", "safety-sft"), (2, "reject-1", "safety-sft"), (3, "reject-2", "reject-1")):
         stage(f"preferences-{number}", f"preferences, round {number}", out / f"preferences-{number}.jsonl", preferences(number, policy, other))
