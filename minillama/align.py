@@ -86,16 +86,16 @@ def gold_watch(world: World, out: Path, seed: int, n: int = 300) -> Callable[[ob
     return measure
 
 
-def mixed_prompts(world: World, purpose: str, n: int) -> list[dict]:
-    """Helpful prompts and, so that those skills are not forgotten, one harmless or harmful request for each eight of them."""
-    tasks = world.instructions("rlhf", n, purpose) + hazards.hazards(world, "rlhf", n // 8, purpose)
+def mixed_prompts(world: World, purpose: str, n: int, risky: int | None = None) -> list[dict]:
+    """n helpful prompts and, so that those skills are not forgotten, `risky` harmless or harmful requests (default: one for each eight)."""
+    tasks = world.instructions("rlhf", n, purpose) + hazards.hazards(world, "rlhf", n // 8 if risky is None else risky, purpose)
     return [{**row, "safety": False} for row in prompt_rows(tasks)]  # helpfulness only: safety has its own stage
 
 
 def optimise(world: World, out: Path, settings: dict, seed: int, device: str, helpful: str = "reward-helpful-3", name: str = "ppo", **other) -> None:
     """PPO from the last round of rejection sampling against the reward model `helpful`, into the folder `name`; `other` replaces settings."""
     o = {**settings, **other}
-    rows = mixed_prompts(world, "ppo", o.pop("prompts"))
+    rows = mixed_prompts(world, "ppo", o.pop("prompts"), o.pop("hazards", None))
     ppo.run(PPOConfig(policy=str(out / "reject-2"), helpful=str(out / helpful), out=str(out / name), max_new_tokens=MAX_NEW, seed=seed, device=device,
                       resume=True, **o), rows, gold_watch(world, out, seed))  # fmt: skip
 
@@ -233,7 +233,9 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     shown += [next(t for t in risky if t.args["harmful"] == bad and t.args["category"] == "illicit") for bad in (True, False)]
     for t in shown:
         result["samples"].append({"prompt": t.prompt, **{name: judge.answers_of(m, tokenizer, [t], 0.0)[0] for name, m in models.items()}})
-    fresh = collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed)
+    fresh = []  # three draws: of one, a strength has some 170 pairs of 1,000 prompts, too few to tell it from its neighbour
+    for draw in range(3):
+        fresh += collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed + 1000 * draw)
     raters = {kind: reward.load(out / f"reward-{kind}-{number}")[0] for kind, number in (("helpful", 3), ("safety", 2))}
     result["reward"] = {}
     for kind, m in raters.items():

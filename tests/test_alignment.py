@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from minillama.align import mixed_prompts
 from minillama.chat import Message, encode_prompt
 from minillama.config import LlamaConfig
 from minillama.data.gold import Gold
@@ -31,6 +32,17 @@ def world():
 def tokenizer(world, tmp_path_factory):
     texts = [t.prompt for t in world.instructions("train", 600)]
     return Tokenizer.train(texts, 400, tmp_path_factory.mktemp("tok") / "t.model")
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked, risky", [(None, 5), (20, 20), (0, 0)])
+def test_a_stage_sees_as_many_risky_requests_as_it_asks_for(asked, risky, world):
+    """Guards against a setting that nothing reads: PPO with few risky requests leaves violations to a stage that pays for them in helpfulness."""
+    prompts = [r["messages"][-1]["content"] for r in mixed_prompts(world, "ppo", 40, asked)]
+    harmless = {t.prompt for t in world.instructions("rlhf", 40, "ppo")}
+    assert len(set(prompts)) == len(prompts) and len(set(prompts) - harmless) == risky and set(prompts) >= harmless
 
 
 # ---- statistics -------------------------------------------------------------------------------------------------------------
