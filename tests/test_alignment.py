@@ -42,7 +42,7 @@ def test_a_stage_sees_as_many_risky_requests_as_it_asks_for(asked, risky, world)
     """Guards against a setting that nothing reads: PPO with few risky requests leaves violations to a stage that pays for them in helpfulness."""
     prompts = [r["messages"][-1]["content"] for r in mixed_prompts(world, "ppo", 40, asked)]
     harmless = {t.prompt for t in world.instructions("rlhf", 40, "ppo")}
-    assert len(set(prompts)) == len(prompts) and len(set(prompts) - harmless) == risky and set(prompts) >= harmless
+    assert len(prompts) == 40 + risky and sum(p not in harmless for p in prompts) == risky
 
 
 # ---- statistics -------------------------------------------------------------------------------------------------------------
