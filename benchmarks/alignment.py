@@ -5,7 +5,7 @@
 Finished runs are read, not repeated. --controls adds, for each seed, rejection sampling that keeps a random sample of those that ended, drawn at T = 1 (at a
 lower temperature the samples themselves are better than the policy), and PPO with every reward given to another answer; both start where the real ones
 start and are judged on the same test prompts. The control of rejection sampling still drops answers that never ended, which is itself a selection. The third
-trains on Ghost Attention's dialogues with the instruction kept on every turn. --controls also lets PPO's KL go (no penalty, four times the learning rate)
+trains on Ghost Attention's dialogues with the instruction kept on every turn. --controls also lets PPO's KL go (no penalty, eight times the learning rate)
 against the reward model of the first round, which has not seen what the policy became, with gold on the validation split beside the reward: the report
 then has the curve of over-optimisation.
 """
@@ -38,7 +38,7 @@ def controls(run: Path, scale: str, seed: int) -> dict:
                                max_new_tokens=align.MAX_NEW, select="random", resume=True, **o), prompts)  # fmt: skip
     usual = settings["ppo"]
     align.optimise(world, run, usual, seed, "auto", name="control-shuffled", shuffle_rewards=True)
-    align.optimise(world, run, usual, seed, "auto", helpful="reward-helpful-1", name="control-free", beta=0.0, lr=4 * usual["lr"],
+    align.optimise(world, run, usual, seed, "auto", helpful="reward-helpful-1", name="control-free", beta=0.0, lr=8 * usual["lr"],
                    iterations=40, eval_every=5)  # fmt: skip
     free = [r for r in report.read_metrics(run / "control-free" / "metrics.jsonl") if "eval/gold" in r]
     tasks = world.instructions("test")

@@ -757,6 +757,15 @@ def test_every_iteration_has_its_seed_and_the_reference_is_frozen(root, tmp_path
     assert len(set(seeds)) == 6
 
 
+@pytest.mark.parametrize("critic_lr, want", [(6e-3, 6e-3), (0.0, 3e-3)])
+def test_the_critic_has_a_rate_of_its_own(critic_lr, want, root, tmp_path, monkeypatch):
+    """Guards against a critic that learns at the policy's rate although it was given another."""
+    rates, real = [], ppo.make_optimizer
+    monkeypatch.setattr(ppo, "make_optimizer", lambda model, c: rates.append(c.lr) or real(model, c))
+    ppo.run(run_config(root, tmp_path / "out", iterations=1, batch_size=2, minibatch=2, eval_every=0, critic_lr=critic_lr))
+    assert rates == [3e-3, want]
+
+
 def test_progress_without_a_terminal(root, tmp_path, capsys, monkeypatch):
     """Guards against a log with a line for every iteration, or with none, seconds that are no duration, and a state written more often than asked."""
     began, saved, real = time.monotonic(), [], checkpoint.save_state

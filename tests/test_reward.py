@@ -532,6 +532,16 @@ def test_steps_and_warm_up_follow_the_epochs(chat, tmp_path, monkeypatch):
     assert seen == [(18, 2), (1, 0), (3, 1), (120, 4)]
 
 
+def test_a_run_with_the_text_loss_validates_on_every_kept_pair(chat, tmp_path, monkeypatch):
+    """Guards against validation batches that leave pairs out or take some twice, and a text loss that a single process is refused."""
+    seen = []
+    monkeypatch.setattr(reward, "with_validation", lambda batches, loss, measure: seen.extend(batches))
+    monkeypatch.setattr(reward, "train", lambda model, *a, **k: model)
+    reward.run(RewardConfig(init=chat, out=str(tmp_path / "r"), text_weight=1.0, val_fraction=0.8, train=train_config()), trivial(200))
+    rows = [tuple(t[:n].tolist()) for b in seen for t, n in zip(b["tokens"], b["lengths"], strict=True)]
+    assert [len(b["margins"]) for b in seen] == [64, 64, 32] and len(set(rows)) == len(rows) == 320
+
+
 def test_a_prompt_is_on_one_side_of_the_split(chat, tmp_path, monkeypatch):
     """Guards against pairs of one prompt in training and validation, which share its text."""
     seen = []
