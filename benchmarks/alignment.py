@@ -87,7 +87,7 @@ def checks(e: dict, seconds: float, limit: float) -> list[tuple[str, str, bool]]
     rows.append(("GAtt at turn 6 (>= 0.85)", span(kept["6"]), kept["6"]["mean"] >= 0.85))
     b = e["best_of"]  # the rewards of one prompt's answers are skewed to the left: their median lies above their mean, which is what N = 1 shows
     rows.append(("best of N: maximum gained, median moved", f"{b[-1]['max'] - b[0]['max']:+.2f}, {b[-1]['median'] - b[0]['median']:+.2f}",
-                 b[-1]["max"] - b[0]["max"] > 3 * abs(b[-1]["median"] - b[0]["median"])))  # fmt: skip
+                 b[-1]["max"] - b[0]["max"] > 4 * abs(b[-1]["median"] - b[0]["median"])))  # fmt: skip
     return rows
 
 
