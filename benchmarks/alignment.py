@@ -5,7 +5,7 @@
 Finished runs are read, not repeated. --controls adds, for each seed, rejection sampling that keeps a random sample of those that ended, drawn at T = 1 (at a
 lower temperature the samples themselves are better than the policy), and PPO with every reward given to another answer; both start where the real ones
 start and are judged on the same test prompts. The control of rejection sampling still drops answers that never ended, which is itself a selection. The third
-trains on Ghost Attention's dialogues with the instruction kept on every turn. --controls also lets PPO's KL go (no penalty, eight times the learning rate)
+trains on Ghost Attention's dialogues with the instruction kept on every turn. --controls also lets PPO's KL go (no penalty, ten times the learning rate)
 against the reward model of the first round, which has not seen what the policy became, with gold on the validation split beside the reward: the report
 then has the curve of over-optimisation.
 """
@@ -38,8 +38,8 @@ def controls(run: Path, scale: str, seed: int) -> dict:
                                max_new_tokens=align.MAX_NEW, select="random", resume=True, **o), prompts)  # fmt: skip
     usual = settings["ppo"]
     align.optimise(world, run, usual, seed, "auto", name="control-shuffled", shuffle_rewards=True)
-    align.optimise(world, run, usual, seed, "auto", helpful="reward-helpful-1", name="control-free", beta=0.0, lr=8 * usual["lr"],
-                   iterations=40, eval_every=5)  # fmt: skip
+    align.optimise(world, run, usual, seed, "auto", helpful="reward-helpful-1", name="control-free", beta=0.0, lr=10 * usual["lr"],
+                   iterations=50, eval_every=5)  # fmt: skip
     free = [r for r in report.read_metrics(run / "control-free" / "metrics.jsonl") if "eval/gold" in r]
     tasks = world.instructions("test")
     gold = {}
@@ -85,9 +85,9 @@ def checks(e: dict, seconds: float, limit: float) -> list[tuple[str, str, bool]]
     rows.append(("helpfulness lost by safety tuning (<= 0.03)", f"{lost:+.3f}", lost <= 0.03))
     kept = e["standing"]["gatt"]["seen"]
     rows.append(("GAtt at turn 6 (>= 0.85)", span(kept["6"]), kept["6"]["mean"] >= 0.85))
-    b = e["best_of"]  # the rewards of one prompt's answers are skewed to the left: their median lies above their mean, which is what N = 1 shows
-    rows.append(("best of N: maximum gained, median moved", f"{b[-1]['max'] - b[0]['max']:+.2f}, {b[-1]['median'] - b[0]['median']:+.2f}",
-                 b[-1]["max"] - b[0]["max"] > 4 * abs(b[-1]["median"] - b[0]["median"])))  # fmt: skip
+    for number, b in enumerate(e["best_of"], 1):  # where most of a prompt's answers are good, a few bad ones pull down their mean, which is the median at N = 1
+        top, middle = (b[-1][key] - b[0][key] for key in ("max", "median"))
+        rows.append((f"best of N, round {number}: maximum gained, median moved (<= a quarter)", f"{top:+.2f}, {middle:+.2f}", top > 4 * abs(middle)))
     return rows
 
 

@@ -233,18 +233,17 @@ def evaluate(world: World, out: Path, seed: int) -> dict:
     shown += [next(t for t in risky if t.args["harmful"] == bad and t.args["category"] == "illicit") for bad in (True, False)]
     for t in shown:
         result["samples"].append({"prompt": t.prompt, **{name: judge.answers_of(m, tokenizer, [t], 0.0)[0] for name, m in models.items()}})
-    fresh = []  # three draws: of one, a strength has some 170 pairs of 1,000 prompts, too few to tell it from its neighbour
-    for draw in range(3):
-        fresh += collect(world, [out / "sft", out / "safety-sft"], tasks + risky, (1.0, 1.0), 977 + seed + 1000 * draw)
+    # three pairs a prompt: of one, a strength has some 170 pairs of 1,000 prompts, too few to tell it from its neighbour
+    fresh = collect(world, [out / "sft", out / "safety-sft"], 3 * (tasks + risky), (1.0, 1.0), 977 + seed)
     raters = {kind: reward.load(out / f"reward-{kind}-{number}")[0] for kind, number in (("helpful", 3), ("safety", 2))}
     result["reward"] = {}
     for kind, m in raters.items():
         mine = [p for p in fresh if p.kind == kind]
         result["reward"][kind] = {"accuracy": reward.accuracy(m, tokenizer, mine), "calibration": reward.calibration(m, tokenizer, mine)}
     result["reward"]["helpful"]["probes"] = judge.probes(raters["helpful"], tokenizer, world, tasks)
-    samples = sources.read_rows(out / "reject-2" / "samples.jsonl", ("samples",))
-    k = len(samples[0]["samples"])
-    result["best_of"] = rejection.best_of([r["samples"] for r in samples], [n for n in (1, 2, 4, 8, 16, 32) if n <= k])
+    drawn = [sources.read_rows(out / f"reject-{i}" / "samples.jsonl", ("samples",)) for i in (1, 2)]
+    k = len(drawn[0][0]["samples"])
+    result["best_of"] = [rejection.best_of([r["samples"] for r in rows], [n for n in (1, 2, 4, 8, 16, 32) if n <= k]) for rows in drawn]  # a round each
     chat, ghost = models["sft"], models["gatt"]
     recall = lambda model, **how: judge.standing_recall(model, tokenizer, world, **how)  # noqa: E731
     result["standing"] = {

@@ -247,15 +247,17 @@ def _rlhf(run: Path) -> list[str]:
     parts = []
     e = _load(run / "align.json")
     if e:
-        b = e["best_of"]
-
         def best(ax):
-            ax.plot([r["n"] for r in b], [r["max"] for r in b], "o-", label="highest of N")
-            ax.plot([r["n"] for r in b], [r["median"] for r in b], "o-", label="median of N")
+            for number, (b, color) in enumerate(zip(e["best_of"], ("tab:gray", "tab:blue"), strict=True), 1):
+                for key, style, label in (("max", "o-", "highest"), ("median", "s--", "median")):
+                    ax.plot([r["n"] for r in b], [r[key] for r in b], style, color=color, label=f"round {number}, {label} of N")
             ax.set_xscale("log", base=2)
-            ax.legend()
+            ax.set_xticks([r["n"] for r in e["best_of"][0]], labels=[str(r["n"]) for r in e["best_of"][0]])
+            ax.margins(y=0.25)
+            ax.legend(ncols=2, loc="upper left", fontsize="small")
 
-        title = f"Best of N: the maximum gains {b[-1]['max'] - b[0]['max']:.2f}, the median {b[-1]['median'] - b[0]['median']:+.2f}"
+        moved = [f"{b[-1]['max'] - b[0]['max']:+.2f} and {b[-1]['median'] - b[0]['median']:+.2f}" for b in e["best_of"]]
+        title = f"Best of {e['best_of'][0][-1]['n']}: highest and median {', then '.join(moved)}"
         parts += ["## Rejection sampling (sec 3.2.3)\n", _figure(run, "best_of", title, "samples a prompt, N", "reward, logits", best)]
     m = read_metrics(run / "ppo" / "metrics.jsonl")
     steps = [r for r in m if "kl" in r]

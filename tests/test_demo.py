@@ -79,7 +79,7 @@ def test_alignment_did_its_work(ci_run):
     assert e["reward"]["helpful"]["accuracy"]["significantly better"]["accuracy"] > 0.65
     probes = e["reward"]["helpful"]["probes"]
     assert probes["asked name"]["mean"] > 0.9 and sum(r["mean"] for r in probes.values()) / len(probes) > 0.75
-    assert e["best_of"][-1]["max"] > e["best_of"][0]["max"]
+    assert len(e["best_of"]) == 2 and all(b[-1]["max"] > b[0]["max"] for b in e["best_of"])  # a round each
     assert m["ppo"]["divergence"]["kl"] > 0 and m["gatt"]["divergence"]["kl"] > 0
 
 
