@@ -239,7 +239,8 @@ def train(
     metrics = out / "metrics.jsonl"
     if mesh.rank == 0:
         keep_metrics(metrics, start)
-    if c.compile and device.type == "cpu" and mesh.world == 1:
+    compile_step = c.compile and device.type == "cpu" and mesh.world == 1
+    if compile_step:
         loss_fn = _compiled(loss_fn)
 
     def save(step: int) -> None:
@@ -247,7 +248,7 @@ def train(
         checkpoint.save_state(folder, step, model, tensors, {"tokens": tokens_seen, "average": average}, tokenizer, keep=0)
 
     progress = _Progress(metrics, c, start, label, mesh.rank == 0, _watch(model, c, device, mesh.world))
-    with stop_signals() as stop, progress.bar:
+    with stop_signals() as stop, progress.bar, _deterministic(compile_step):
         for step in range(start, c.steps):
             lr = learning_rate(step, c)
             for group in optimizer.param_groups:
@@ -280,6 +281,19 @@ def train(
             if stopping and done < c.steps:
                 raise interrupted(stop[0] if stop else signal.SIGTERM, done, folder)
     return model.eval()
+
+
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """With `on`, torch's deterministic algorithms. The compiler for CPUs else adds up the embedding's gradient from all threads in the order in which they
+    come, and no two runs are the same."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if on:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -186,6 +186,30 @@ def test_kill_9_and_resume_gives_the_uninterrupted_weights(stages, stage, kill_a
     assert steps == list(range(1, len(steps) + 1))
 
 
+TWICE = """
+import sys, torch
+from minillama.config import LlamaConfig, TrainConfig
+from minillama.model import Llama, next_token_loss
+from minillama.trainer import train
+torch.set_num_threads(2)
+def run(folder):
+    x = torch.randint(0, 8, (16, 128), generator=torch.Generator().manual_seed(1))  # eight tokens: both threads add to every row of the embedding
+    model = Llama(LlamaConfig(dim=64, n_layers=1, n_heads=2, vocab_size=64, multiple_of=8, max_seq_len=128)).init_weights(0)
+    batches = lambda step: [{"tokens": x, "targets": x.roll(-1, 1)}]
+    train(model, batches, next_token_loss, TrainConfig(steps=20, lr=1e-2, warmup_steps=1, device="cpu", compile=True), folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+a, b = run(sys.argv[1] + "/a"), run(sys.argv[1] + "/b")
+assert torch.equal(a, b) and not torch.are_deterministic_algorithms_enabled()
+"""
+
+
+@pytest.mark.slow
+def test_compiled_training_repeats_itself_on_two_threads(tmp_path):
+    """Guards against sums whose order is left to the threads (the embedding's gradient, by the compiler's atomic additions): same seed, same weights."""
+    done = subprocess.run([sys.executable, "-c", TWICE, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+
+
 def test_sigterm_saves_and_exits(stages, tmp_path):
     """Guards against losing the steps since the last checkpoint on preemption: exit status 143, resumable."""
     _, pre, _ = stages
