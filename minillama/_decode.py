@@ -68,7 +68,9 @@ class LeanDecoder(Decoder):
 
     * norm weights are folded into the matrices that follow, with sqrt(D), which makes RMSNorm x / hypot(|x|, sqrt(D eps));
     * wq, wk, wv are one matrix, ordered by key-value head (its G queries, its key, its value), and w1, w3 another;
-    * weights are copied to [in, out], which a CPU multiplies up to one and a half times as fast as [out, in] with few rows;
+    * weights are copied to [in, out], which a CPU multiplies up to one and a half times as fast as [out, in] with few rows, the wide ones in two
+      halves, [2, in, out/2]: threads share out the weights of two products, and of one product the rows;
+    * what a layer makes of its rows has its place, and the views into it are made once: a view costs as much as a small product;
     * a rotary turn of a pair is one complex multiplication, and values are "turned" by 1, so q, k, v turn in one call;
     * keys and values of all layers are one tensor, sliced once a step and written by one copy a layer; residual sums happen inside addmm_;
     * one query a row attends by two batched matrix products, which on a CPU take an eighth of the fused kernel's time. (Keys kept as [Hd,S] would
@@ -86,9 +88,10 @@ class LeanDecoder(Decoder):
             heads = [w.weight.view(c.n_kv_heads, -1, c.dim) for w in (a.wq, a.wk, a.wv)]  # [K, G or 1 times Hd, D] each
             heads[0] = heads[0] * c.head_dim**-0.5  # the softmax's scale
             wqkv = _fold(block.attention_norm, torch.cat(heads, dim=1).flatten(0, 1))  # [D, K(G+2)Hd]
-            w13 = _fold(block.ffn_norm, torch.cat([f.w1.weight, f.w3.weight]))  # [D,2F]
+            w13 = _fold(block.ffn_norm, torch.stack([f.w1.weight, f.w3.weight]))  # [2,D,F]
             self.blocks.append((wqkv, a.wo.weight.T.contiguous(), w13, f.w2.weight.T.contiguous()))
-        self.out = _fold(model.norm, model.output.weight)  # [D,V]
+        halves = 2 - c.vocab_size % 2
+        self.out = _fold(model.norm, model.output.weight.view(halves, -1, c.dim))  # [2,D,V/2], or [1,D,V] of an odd V
         end = min(max(map(len, prompts)) + steps, c.max_seq_len)
         turn = torch.complex(model.rope_cos[:end], model.rope_sin[:end]).unsqueeze(1)  # [S',1,Hd/2]
         turn = torch.cat([turn.expand(-1, self.group + 1, -1), torch.ones_like(turn)], dim=1)  # [S',G+2,Hd/2]
@@ -100,6 +103,7 @@ class LeanDecoder(Decoder):
         if self.ragged:
             bias = torch.zeros(self.valid.shape, device=turn.device).masked_fill_(~self.valid, float("-inf"))[self.copies]  # [B,S]
             self.bias = bias.repeat_interleave(c.n_kv_heads, dim=0).unsqueeze(1)  # [B*K,1,S]
+        self.places = _Places(self, len(prompts))
 
     def prefill(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         (B, T), G, K, Hd = tokens.shape, self.group, self.kv_heads, self.head_dim  # B distinct prompts
@@ -107,32 +111,39 @@ class LeanDecoder(Decoder):
         self.kv = self.embed.new_empty(len(self.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
         turn = self.turn[:T] if positions is None else self.turn[positions]  # [T, K(G+2)Hd/2], with B before it
         x = self.embed[tokens].flatten(0, 1)  # [B*T,D]
+        to = _Places(self, B * T)
+        qkv = to.qkv.view(B, T, -1)  # [B, T, K(G+2)Hd]
+        q, k, v = qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
+        k, v = k[:, :, 0], v[:, :, 0]
         for layer, (wqkv, wo, w13, w2) in enumerate(self.blocks):
-            qkv = torch.mm(self.norm(x), wqkv).view(B, T, -1)  # [B, T, K(G+2)Hd]
+            torch.mm(self.norm(x, to), wqkv, out=to.qkv)
             qkv.view(torch.complex64).mul_(turn)
-            q, k, v = qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
-            q, k, v = q.flatten(1, 2), k[:, :, 0], v[:, :, 0]
             self.kv[layer, 0, :, :T] = k[self.copies].flatten(0, 1)
             self.kv[layer, 1, :, :T] = v[self.copies].flatten(0, 1)
-            causal = mask is None
+            query, causal = q.flatten(1, 2), mask is None  # [B,H,T,Hd]
             if layer == len(self.blocks) - 1:  # only the end of the prompt is asked for
-                x, q, causal = x.view(B, T, -1)[:, -1].contiguous(), q[:, :, -1:], False
+                x, query, causal, to = x.view(B, T, -1)[:, -1].contiguous(), query[:, :, -1:], False, _Places(self, B)
                 mask = None if mask is None else mask[:, :, -1:]
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=True)  # [B,H,T,Hd]
-            self.rest(x, o.transpose(1, 2).reshape(len(x), -1), wo, w13, w2)
-        return torch.mm(self.norm(x), self.out)  # [B,V]
+            o = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=True)  # [B,H,T,Hd]
+            self.rest(x, o.transpose(1, 2).reshape(len(x), -1), wo, w13, w2, to)
+        return self.head(x, to)
 
-    def norm(self, x: Tensor) -> Tensor:
-        return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).hypot_(self.eps)
+    def norm(self, x: Tensor, to: _Places) -> Tensor:
+        return torch.div(x, torch.linalg.vector_norm(x, dim=1, keepdim=True).hypot_(self.eps), out=to.normed)
 
-    def rest(self, x: Tensor, o: Tensor, wo: Tensor, w13: Tensor, w2: Tensor) -> None:
+    def rest(self, x: Tensor, o: Tensor, wo: Tensor, w13: Tensor, w2: Tensor, to: _Places) -> None:
         """Add to the residual stream x [N,D] what follows attention's o [N,H*Hd] in a block."""
         x.addmm_(o, wo)
-        gate, up = torch.mm(self.norm(x), w13).chunk(2, dim=1)  # [N,F] each
-        x.addmm_(F.silu(gate).mul_(up), w2)
+        self.norm(x, to)
+        torch.bmm(to.normed_twice, w13, out=to.hidden)
+        x.addmm_(F.silu(to.gate, inplace=True).mul_(to.up), w2)
+
+    def head(self, x: Tensor, to: _Places) -> Tensor:
+        """Logits [N,V] of the residual stream x [N,D]."""
+        return torch.cat(torch.bmm(self.norm(x, to).expand(len(self.out), -1, -1), self.out).unbind(), dim=1)
 
     def step(self, tokens: Tensor) -> Tensor:
-        B, G, K, Hd, length = tokens.shape[0], self.group, self.kv_heads, self.head_dim, self.length
+        length, to = self.length, self.places
         self.length += 1
         bias = self.bias[..., : length + 1] if self.ragged else None  # [B*K,1,S]
         turn = self.turn[self.positions(length) if self.ragged else length]  # [B, K(G+2)Hd/2] or [K(G+2)Hd/2]
@@ -140,29 +151,45 @@ class LeanDecoder(Decoder):
         slots = self.kv.select(3, length).transpose(1, 2)  # [L,B*K,2,Hd]
         x = self.embed.index_select(0, tokens)  # [B,D]
         for (wqkv, *others), k, v, slot in zip(self.blocks, keys.mT.unbind(), values.unbind(), slots.unbind(), strict=True):
-            qkv = torch.mm(self.norm(x), wqkv)  # [B, K(G+2)Hd]
-            qkv.view(torch.complex64).mul_(turn)
-            q, new = qkv.view(B * K, G + 2, Hd).split_with_sizes((G, 2), dim=1)  # [B*K,G,Hd], [B*K,2,Hd]
-            slot.copy_(new)
-            scores = torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)  # [B*K,G,S]
-            o = torch.bmm(scores.softmax(-1), v)  # [B*K,G,Hd]
-            self.rest(x, o.view(B, -1), *others)
-        return torch.mm(self.norm(x), self.out)  # [B,V]
+            torch.mm(self.norm(x, to), wqkv, out=to.qkv)
+            to.pairs.mul_(turn)
+            slot.copy_(to.new)
+            scores = torch.bmm(to.queries, k) if bias is None else torch.baddbmm(bias, to.queries, k)  # [B*K,G,S]
+            torch.bmm(scores.softmax(-1), v, out=to.heads)
+            self.rest(x, to.attended, *others, to)
+        return self.head(x, to)
 
     def positions(self, length: int) -> Tensor:
         return (length - self.pad).clamp_(max=len(self.turn) - 1)
 
     def select(self, rows: Tensor) -> None:
-        self.pad = self.pad[rows]
+        self.pad, self.places = self.pad[rows], _Places(self, len(rows))
         rows = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()  # of B*K
         self.kv = self.kv[:, :, rows]
         if self.ragged:
             self.bias = self.bias[rows]
 
 
+class _Places:
+    """Where the lean decoder puts what it makes of N rows, layer after layer, and its views of that."""
+
+    def __init__(self, decoder: LeanDecoder, N: int):
+        (_, _, w13, _), G, K, Hd = decoder.blocks[0], decoder.group, decoder.kv_heads, decoder.head_dim
+        empty = decoder.embed.new_empty
+        self.normed = empty(N, w13.shape[1])
+        self.normed_twice = self.normed.expand(2, -1, -1)
+        self.qkv = empty(N, K * (G + 2) * Hd)
+        self.pairs = self.qkv.view(torch.complex64)  # [N, K(G+2)Hd/2]
+        self.queries, self.new = self.qkv.view(N * K, G + 2, Hd).split_with_sizes((G, 2), dim=1)  # [N*K,G,Hd], [N*K,2,Hd]
+        self.heads = empty(N * K, G, Hd)
+        self.attended = self.heads.view(N, -1)  # [N,H*Hd]
+        self.hidden = empty(2, N, w13.shape[2])
+        self.gate, self.up = self.hidden.unbind()  # [N,F] each
+
+
 def _fold(norm: RMSNorm, weight: Tensor) -> Tensor:
-    """The weight [N,D] of a linear behind `norm`, to follow a division by |x| alone; as [D,N]."""
-    return (weight * (norm.weight * norm.weight.numel() ** 0.5)).T.contiguous()
+    """The weight [..,N,D] of a linear behind `norm`, to follow a division by |x| alone; as [..,D,N]."""
+    return (weight * (norm.weight * norm.weight.numel() ** 0.5)).mT.contiguous()
 
 
 _PLAIN = (Llama, TransformerBlock, Attention, FeedForward, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding)

@@ -176,7 +176,9 @@ def _run(
     rows = [i for i, limit in enumerate(limits) if limit > 0]  # prompt number of each row of the batch, -1 once finished
     if not rows:
         return
-    steps, left = max(limits), len(rows)
+    steps, left, ends = max(limits), len(rows), set(limits)
+    tokens = [samples.tokens[i] for i in rows]  # where each row of the batch writes, once finished to no effect
+    scores = [samples.logprobs[i] for i in rows]
     training = [m for m in model.modules() if m.training]
     try:
         if training:
@@ -186,28 +188,30 @@ def _run(
         uniform = _uniforms(seed, [first_row + i for i in rows], steps).to(logits.device) if temperature > 0 else None  # [steps,B,1]
         for step in range(steps):
             picked = _pick(logits, temperature, top_p, None if uniform is None else uniform[step])  # [B,1]
+            news = picked[:, 0].tolist()  # the step's one transfer to the host
+            for row, token in zip(tokens, news, strict=True):
+                row.append(token)
             if logprobs:
-                scores = logits.float().log_softmax(-1).gather(1, picked)[:, 0].tolist()
-            for j, token in enumerate(picked[:, 0].tolist()):  # the step's one transfer to the host
-                row = rows[j]
-                if row < 0:
-                    continue
-                out = samples.tokens[row]
-                out.append(token)
-                if logprobs:
-                    samples.logprobs[row].append(scores[j])
-                if token in stops and _match(stops, out):
-                    samples.stopped[row] = True
-                elif len(out) < limits[row]:
-                    continue
-                rows[j] = -1
-                left -= 1
+                for row, score in zip(scores, logits.float().log_softmax(-1).gather(1, picked)[:, 0].tolist(), strict=True):
+                    row.append(score)
+            if step + 1 in ends or not stops.keys().isdisjoint(news):  # else no row can end here
+                for j, token in enumerate(news):
+                    row = rows[j]
+                    if row < 0:
+                        continue
+                    if token in stops and _match(stops, samples.tokens[row]):
+                        samples.stopped[row] = True
+                    elif step + 1 < limits[row]:
+                        continue
+                    rows[j], tokens[j], scores[j] = -1, [], []
+                    left -= 1
             yield
             if not left:
                 return
             if 2 * left <= len(rows):  # finished rows ride along until half are: copying the cache at every end would cost more
-                keep = torch.tensor([j for j, row in enumerate(rows) if row >= 0], device=logits.device)
-                rows = [row for row in rows if row >= 0]
+                going = [j for j, row in enumerate(rows) if row >= 0]
+                rows, tokens, scores = ([column[j] for j in going] for column in (rows, tokens, scores))
+                keep = torch.tensor(going, device=logits.device)
                 picked, uniform = picked[keep], None if uniform is None else uniform[:, keep]
                 decoder.select(keep)
             logits = decoder.step(picked[:, 0])

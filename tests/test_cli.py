@@ -95,3 +95,23 @@ def test_a_rank_of_a_job_ends_without_the_interpreters_clean_up(ranks, status):
     job = {"RANK": "0", "WORLD_SIZE": str(ranks)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **job})
     assert (done.returncode, done.stdout) == (status, "done\ncleaned up\n" if ranks == 1 else "done\n"), done
+
+
+def test_a_verb_keeps_the_memory_that_it_frees():
+    """Arrays of 64 MB that come and go must not be faulted in anew each time: 16,384 pages each, where a verb would keep them."""
+    code = (
+        "import resource, sys, numpy as np; from minillama import cli\n"
+        "def work():\n"
+        "    for _ in range(2): np.ones(2**23)\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(4): np.ones(2**23)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "    return 0\n"
+        "cli.main = work\n"
+        "sys.argv[1] == 'run' and cli.run() or work()"
+    )
+    small = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}  # pages of 4 kB, whatever the system's setting
+    faults = [int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, env=small).stdout) for how in ("run", "main")]
+    if faults[1] < 4 * 2**14:
+        pytest.skip(f"this system's C library keeps such memory by itself ({faults[1]} faults)")
+    assert faults[0] < 100
