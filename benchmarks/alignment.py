@@ -11,6 +11,7 @@ then has the curve of over-optimisation.
 """
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def controls(run: Path, scale: str, seed: int) -> dict:
               "ghost": judge.standing_recall(model, tokenizer, world, turns=align.SHORT)[6]}  # fmt: skip
     align.write(path, result)
     return result
+
+
+def over_seeds(rows: list[dict]) -> dict:
+    """The mean of the seeds' means, which are independent, with its interval."""
+    mean = sum(r["mean"] for r in rows) / len(rows)
+    half = math.hypot(*((r["high"] - r["low"]) / 2 for r in rows)) / len(rows)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def span(r: dict) -> str:
@@ -99,7 +107,7 @@ def main() -> None:
     p.add_argument("--controls", action="store_true", help="run the controls too")
     p.add_argument("--minutes", type=float, default=15.0, help="the most that a whole demo may take")
     a = p.parse_args()
-    failed = 0
+    failed, nothing = 0, {"random": [], "shuffled": []}
     for seed in a.seeds:
         run = Path(a.out) / f"{a.scale}-{seed}"
         subprocess.run([sys.executable, "-m", "minillama", "demo", "--scale", a.scale, "--seed", str(seed), "--out", str(run)], check=True)
@@ -116,13 +124,20 @@ def main() -> None:
                          f"{last['step']}; proxy {best['eval/reward']:.2f}, {last['eval/reward']:.2f}",
                          last["eval/gold"] < best["eval/gold"] - 0.05 and last["eval/reward"] > best["eval/reward"] - 0.1))  # fmt: skip
             for name, r in found.items():
+                nothing[name].append(r)
                 rows.append((f"control: {name}, interval holds 0.5", span(r), r["low"] <= 0.5 <= r["high"]))
         world = json.loads((run / "world.json").read_text())["hash"]
         print(f"\nseed {seed}, world {world}, n = {e['n']} prompts and {e['n_hazards']} hazards\n\n| what | seen | holds |\n|---|---|---|")
         for what, seen, holds in rows:
             print(f"| {what} | {seen} | {'yes' if holds else 'NO'} |")
             failed += not holds
-    print(f"\n{failed} lines do not hold" if failed else "\nall lines hold")
+    print()
+    for name, found in nothing.items():
+        if len(found) > 1:
+            r = over_seeds(found)
+            failed += not (holds := r["low"] <= 0.5 <= r["high"])
+            print(f"control: {name}, over the seeds {', '.join(map(str, a.seeds))}: {span(r)}, {'holds' if holds else 'does NOT hold'} 0.5")
+    print(f"{failed} lines do not hold" if failed else "all lines hold")
     raise SystemExit(1 if failed else 0)
 
 

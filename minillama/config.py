@@ -480,6 +480,8 @@ class GAttConfig:
     """Keep the instruction on the first turn only in training (the method). False keeps it on every turn: the control."""
     temperature: float = 0.7
     """Softmax temperature of the sampled answers (assumed)."""
+    window: int = 0
+    """Turns that the sampler sees, the latest ones; 0 for all, as in the paper. A small model obeys in dialogues as long as those that it was tuned on."""
     max_new_tokens: int = 128
     """Most tokens of an answer (assumed)."""
     epochs: float = 1.0

@@ -5,6 +5,9 @@
 Three steps: write the instruction on every user turn and let the latest chat model answer turn by turn; take it away from all turns but the first;
 train on that, with the loss on the last answer only, since the earlier answers now stand in a context that did not produce them. The model
 learns to behave as if the instruction were still in front of it: a context distillation.
+
+A small model loses an instruction in dialogues longer than those that it was tuned on, even one that stands on every turn. As every turn has it, no old turn
+is needed for it: with `window` the sampler sees the latest turns only, and the dialogues may be longer than any that it has seen (ours, not the paper's).
 """
 from __future__ import annotations
 
@@ -33,15 +36,20 @@ def with_instruction(standing: str, turns: Sequence[str], answers: Sequence[str]
 
 
 def converse(model: Llama, tokenizer, dialogues: Sequence[dict], every: bool, temperature: float, max_new_tokens: int, seed: int,
-             batch: int = 256) -> list[list[str]]:  # fmt: skip
+             batch: int = 256, window: int = 0) -> list[list[str]]:  # fmt: skip
     """The model's answers, turn by turn, to dialogues {"standing", "turns"}, all dialogues together. A
-    dialogue stops where its context is full, and after an empty answer, or one that writes a tag of the format, which counts as empty."""
+    dialogue stops where its context is full, and after an empty answer, or one that writes a tag of the format, which counts as empty.
+
+    window: the model sees the latest `window` turns only, 0 for all. Raises ValueError for a window without the instruction on `every` turn."""
+    if window and not every:
+        raise ValueError(f"a window of {window} turns would lose the instruction of the first; put it on every turn, or use window 0")
     answers: list[list[str]] = [[] for _ in dialogues]
     for turn in range(max(len(d["turns"]) for d in dialogues)):
         asked: dict[int, list[int]] = {}
         for i, d in enumerate(dialogues):
             if len(d["turns"]) > turn == len(answers[i]) and all(answers[i]):
-                messages = with_instruction(d["standing"], d["turns"][: turn + 1], answers[i], every)
+                first = max(0, turn + 1 - window) if window else 0
+                messages = with_instruction(d["standing"], d["turns"][first : turn + 1], answers[i][first:], every)
                 ids = encode_prompt(tokenizer, [Message(m["role"], m["content"]) for m in messages])
                 if len(ids) + max_new_tokens <= model.config.max_seq_len:
                     asked[i] = ids
@@ -87,7 +95,7 @@ def run(config: GAttConfig, dialogues: Sequence[dict] | None = None, keep: Seque
     if tokenizer is None:
         raise ValueError(f"{config.policy} has no tokenizer.model; put the one it was trained with beside the weights")
     if not (config.resume and sampled.exists()):
-        answers = converse(policy, tokenizer, dialogues, True, config.temperature, config.max_new_tokens, c.seed)
+        answers = converse(policy, tokenizer, dialogues, True, config.temperature, config.max_new_tokens, c.seed, window=config.window)
         mesh.first(lambda: sources.write_jsonl(({**d, "answers": a} for d, a in zip(dialogues, answers, strict=True)), sampled))
     del policy  # what is tuned needs the room
     rows = sources.read_rows(str(sampled), ("standing", "turns", "answers"))

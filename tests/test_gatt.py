@@ -110,6 +110,25 @@ def test_converse_equals_a_loop_over_turns(every, tokenizer):
     assert lengths[1] == 1 and all(1 < x < 6 for x in lengths[3:]) and nearly  # the context was full, or had no room for a whole answer
 
 
+def test_a_window_shows_the_sampler_the_latest_turns_each_with_its_instruction(tokenizer):
+    """Guards against a window that is a turn off, that shows an answer to another turn, or that loses the instruction with the first turn."""
+    model = talker(5, 90.0)
+    dialogues = [{"standing": "Be brief.", "turns": [f"Tell of line {j} of the long book" + "!" * i for j in range(6)]} for i in range(6)]
+    got, seen = converse(model, tokenizer, dialogues, True, 0.0, 10, 0, window=2), set()
+    for d, answers in zip(dialogues, got, strict=True):
+        for turn, answer in enumerate(answers):
+            messages = [Message("user", f"Be brief. {d['turns'][turn]}")]
+            if turn:
+                messages = [Message("user", f"Be brief. {d['turns'][turn - 1]}"), Message("assistant", answers[turn - 1]), *messages]
+            new = greedy(model, encode_prompt(tokenizer, messages), 10)
+            assert answer == tokenizer.decode(new[:-1] if new[-1] == 2 else new).strip()
+            seen.add(turn)
+    assert seen == set(range(6))  # without a window the context is full before (the test above)
+    assert converse(model, tokenizer, dialogues, True, 0.0, 10, 0, window=9) == converse(model, tokenizer, dialogues, True, 0.0, 10, 0)
+    with pytest.raises(ValueError, match="every turn"):
+        converse(model, tokenizer, dialogues, False, 0.0, 10, 0, window=2)
+
+
 def test_an_empty_answer_ends_its_dialogue(tokenizer):
     """Guards against dialogues that go on after a silence, which no training row has."""
     answers = converse(talker(5, 20.0), tokenizer, DIALOGUES, True, 0.0, 10, 0)
@@ -159,16 +178,16 @@ def documents(out: Path, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [(tokenizer.decode(ids.tolist()), tokenizer.decode(ids[trained].tolist())) for ids, trained in pairs]
 
 
-@pytest.mark.parametrize("ghost", [True, False])
-def test_a_run_samples_with_the_instruction_and_tunes_the_policy(ghost, inputs, tokenizer, tmp_path):
+@pytest.mark.parametrize(("ghost", "window"), [(True, 0), (False, 0), (True, 1)])
+def test_a_run_samples_with_the_instruction_and_tunes_the_policy(ghost, window, inputs, tokenizer, tmp_path):
     """Guards against sampling without the instruction, a control that is the method, and answers lost on the way to training."""
     out = tmp_path / "gatt"
-    model = gatt.run(config(inputs, out, ghost=ghost, keep=str(inputs / "keep.jsonl")), keep=[[{"role": "user", "content": "Kept too"},
+    model = gatt.run(config(inputs, out, ghost=ghost, window=window, keep=str(inputs / "keep.jsonl")), keep=[[{"role": "user", "content": "Kept too"},
                      {"role": "assistant", "content": "Yes."}]])  # fmt: skip
     policy, _ = checkpoint.load(inputs / "policy")
     given = [json.loads(line) for line in (inputs / "d.jsonl").read_text().splitlines()]
     sampled = [json.loads(line) for line in (out / "dialogues.jsonl").read_text().splitlines()]
-    answers = converse(policy, tokenizer, given, True, 1.0, 10, 0)
+    answers = converse(policy, tokenizer, given, True, 1.0, 10, 0, window=window)
     assert sampled == [{**d, "answers": a} for d, a in zip(given, answers, strict=True)]
     usable = [s for s in sampled if all(s["answers"])]
     assert 6 < len(usable)

@@ -423,7 +423,8 @@ def check_ghost_run(m):
     asked = []
     with tempfile.TemporaryDirectory() as folder:
         config = configs.GAttConfig(policy=str(stages()[1] / "policy"), out=folder, train=configs.TrainConfig(device="cpu"))
-        tuned, items = captured(m, config, TURNS, converse=lambda model, t, d, every, *a: asked.append(every) or [["Yes."] * len(x["turns"]) for x in d])
+        said = lambda model, t, d, every, *a, window: asked.append(every) or [["Yes."] * len(x["turns"]) for x in d]  # noqa: E731
+        tuned, items = captured(m, config, TURNS, converse=said)
     assert asked == [True] and tuned.init == config.policy
     assert [x["content"] for x in items[0]["messages"]] == ["Be brief. Tell line 1", "Yes.", "Tell line 2", "Yes."] and items[0]["last_only"]
 
@@ -807,10 +808,10 @@ MUTANTS = [
     Mutant(gatt, "the instruction on later turns only", "if every or i == 0 else", "if every or i > 0 else", check_ghost_rows),
     Mutant(gatt, "loss on all answers", '"last_only": True', '"last_only": False', check_ghost_rows),
     Mutant(gatt, "empty answers are learned", "if said and all(said)", "if said", check_ghost_rows),
-    Mutant(gatt, "sampling on the first instruction only", "answers[i], every)", "answers[i], False)", check_converse),
+    Mutant(gatt, "sampling on the first instruction only", "answers[i][first:], every)", "answers[i][first:], False)", check_converse),
     Mutant(gatt, "answers of other dialogues", "zip(asked, drawn", "zip(reversed(asked), drawn", check_converse),
     Mutant(gatt, "cut answers lose a token", "ids[:-1] if finished else ids", "ids[:-1]", check_converse),
-    Mutant(gatt, "answers are asked without their past", "answers[i], every)", '[" "] * len(answers[i]), every)', check_converse),
+    Mutant(gatt, "answers are asked without their past", "answers[i][first:], every)", '[" "] * len(answers[i][first:]), every)', check_converse),
     Mutant(gatt, "sampled without the instruction", "tokenizer, dialogues, True,", "tokenizer, dialogues, False,", check_ghost_run),
     # rejection sampling
     Mutant(rejection, "the worst sample", "max(finished, key", "min(finished, key", check_choose),
