@@ -62,6 +62,11 @@ def over_seeds(rows: list[dict]) -> dict:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def even(r: dict) -> bool:
+    """Whether the interval of a win rate holds one half."""
+    return r["low"] <= 0.5 <= r["high"]
+
+
 def span(r: dict) -> str:
     """A mean with its interval."""
     return f"{r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
@@ -125,7 +130,7 @@ def main() -> None:
                          last["eval/gold"] < best["eval/gold"] - 0.05 and last["eval/reward"] > best["eval/reward"] - 0.1))  # fmt: skip
             for name, r in found.items():
                 nothing[name].append(r)
-                rows.append((f"control: {name}, interval holds 0.5", span(r), r["low"] <= 0.5 <= r["high"]))
+                rows.append((f"control: {name}, interval holds 0.5", span(r), even(r)))
         world = json.loads((run / "world.json").read_text())["hash"]
         print(f"\nseed {seed}, world {world}, n = {e['n']} prompts and {e['n_hazards']} hazards\n\n| what | seen | holds |\n|---|---|---|")
         for what, seen, holds in rows:
@@ -135,8 +140,8 @@ def main() -> None:
     for name, found in nothing.items():
         if len(found) > 1:
             r = over_seeds(found)
-            failed += not (holds := r["low"] <= 0.5 <= r["high"])
-            print(f"control: {name}, over the seeds {', '.join(map(str, a.seeds))}: {span(r)}, {'holds' if holds else 'does NOT hold'} 0.5")
+            print(f"control: {name}, over the seeds {', '.join(map(str, a.seeds))}: {span(r)}, {'holds' if even(r) else 'does NOT hold'} 0.5")
+            failed += not even(r)
     print(f"{failed} lines do not hold" if failed else "all lines hold")
     raise SystemExit(1 if failed else 0)
 

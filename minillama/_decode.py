@@ -112,12 +112,12 @@ class LeanDecoder(Decoder):
         turn = self.turn[:T] if positions is None else self.turn[positions]  # [T, K(G+2)Hd/2], with B before it
         x = self.embed[tokens].flatten(0, 1)  # [B*T,D]
         to = _Places(self, B * T)
-        qkv = to.qkv.view(B, T, -1)  # [B, T, K(G+2)Hd]
-        q, k, v = qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
+        pairs = to.pairs.view(B, T, -1)  # [B, T, K(G+2)Hd/2]
+        q, k, v = to.qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
         k, v = k[:, :, 0], v[:, :, 0]
         for layer, (wqkv, wo, w13, w2) in enumerate(self.blocks):
             torch.mm(self.norm(x, to), wqkv, out=to.qkv)
-            qkv.view(torch.complex64).mul_(turn)
+            pairs.mul_(turn)
             self.kv[layer, 0, :, :T] = k[self.copies].flatten(0, 1)
             self.kv[layer, 1, :, :T] = v[self.copies].flatten(0, 1)
             query, causal = q.flatten(1, 2), mask is None  # [B,H,T,Hd]
