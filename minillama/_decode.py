@@ -66,10 +66,12 @@ class LeanDecoder(Decoder):
     """The same arithmetic in far fewer calls. One token through a small model is microseconds of arithmetic and a millisecond of
     Python and dispatch, so calls are what there is to save, and after them memory traffic:
 
-    * norm weights are folded into the matrices that follow, with sqrt(D), which makes RMSNorm x / hypot(|x|, sqrt(D eps));
+    * norm weights are folded into the matrices that follow, with sqrt(D), which makes RMSNorm x / hypot(|x|, sqrt(D eps)), and that is the norm of x with
+      sqrt(D eps) behind it;
     * wq, wk, wv are one matrix, ordered by key-value head (its G queries, its key, its value), and w1, w3 another;
-    * weights are copied to [in, out], which a CPU multiplies up to one and a half times as fast as [out, in] with few rows, the wide ones in two
-      halves, [2, in, out/2]: threads share out the weights of two products, and of one product the rows;
+    * weights are copied to [in, out], which a CPU multiplies up to one and a half times as fast as [out, in] with few rows;
+    * two threads that have a product each wait for each other less than two that share one: the wide matrices are two halves, [2, in, out/2], and q, k, v
+      of an even number of rows are made by halves of the rows;
     * what a layer makes of its rows has its place, and the views into it are made once: a view costs as much as a small product;
     * a rotary turn of a pair is one complex multiplication, and values are "turned" by 1, so q, k, v turn in one call;
     * keys and values of all layers are one tensor, sliced once a step and written by one copy a layer; residual sums happen inside addmm_;
@@ -81,7 +83,7 @@ class LeanDecoder(Decoder):
     def __init__(self, model: Llama, prompts: list[list[int]], steps: int):
         c = model.config
         self.group, self.kv_heads, self.head_dim = c.n_heads // c.n_kv_heads, c.n_kv_heads, c.head_dim
-        self.embed, self.eps = model.tok_embeddings.weight, torch.tensor((c.dim * c.norm_eps) ** 0.5, device=model.rope_cos.device)
+        self.embed, self.eps = model.tok_embeddings.weight, (c.dim * c.norm_eps) ** 0.5
         self.blocks = []
         for block in model.layers:
             a, f = block.attention, block.feed_forward
@@ -110,37 +112,37 @@ class LeanDecoder(Decoder):
         self.length = T
         self.kv = self.embed.new_empty(len(self.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
         turn = self.turn[:T] if positions is None else self.turn[positions]  # [T, K(G+2)Hd/2], with B before it
-        x = self.embed[tokens].flatten(0, 1)  # [B*T,D]
         to = _Places(self, B * T)
+        to.x.copy_(self.embed[tokens].flatten(0, 1))  # [B*T,D]
         pairs = to.pairs.view(B, T, -1)  # [B, T, K(G+2)Hd/2]
         q, k, v = to.qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
         k, v = k[:, :, 0], v[:, :, 0]
-        for layer, (wqkv, wo, w13, w2) in enumerate(self.blocks):
-            torch.mm(self.norm(x, to), wqkv, out=to.qkv)
+        for layer, (wqkv, *others) in enumerate(self.blocks):
+            to.norm()
+            to.project(wqkv)
             pairs.mul_(turn)
             self.kv[layer, 0, :, :T] = k[self.copies].flatten(0, 1)
             self.kv[layer, 1, :, :T] = v[self.copies].flatten(0, 1)
             query, causal = q.flatten(1, 2), mask is None  # [B,H,T,Hd]
             if layer == len(self.blocks) - 1:  # only the end of the prompt is asked for
-                x, query, causal, to = x.view(B, T, -1)[:, -1].contiguous(), query[:, :, -1:], False, _Places(self, B)
+                last, query, causal, to = to.x.view(B, T, -1)[:, -1], query[:, :, -1:], False, _Places(self, B)
+                to.x.copy_(last)
                 mask = None if mask is None else mask[:, :, -1:]
             o = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=True)  # [B,H,T,Hd]
-            self.rest(x, o.transpose(1, 2).reshape(len(x), -1), wo, w13, w2, to)
-        return self.head(x, to)
+            self.rest(to, o.transpose(1, 2).reshape(len(to.x), -1), *others)
+        return self.head(to)
 
-    def norm(self, x: Tensor, to: _Places) -> Tensor:
-        return torch.div(x, torch.linalg.vector_norm(x, dim=1, keepdim=True).hypot_(self.eps), out=to.normed)
-
-    def rest(self, x: Tensor, o: Tensor, wo: Tensor, w13: Tensor, w2: Tensor, to: _Places) -> None:
-        """Add to the residual stream x [N,D] what follows attention's o [N,H*Hd] in a block."""
-        x.addmm_(o, wo)
-        self.norm(x, to)
+    def rest(self, to: _Places, o: Tensor, wo: Tensor, w13: Tensor, w2: Tensor) -> None:
+        """Add to the residual stream what follows attention's o [N,H*Hd] in a block."""
+        to.x.addmm_(o, wo)
+        to.norm()
         torch.bmm(to.normed_twice, w13, out=to.hidden)
-        x.addmm_(F.silu(to.gate, inplace=True).mul_(to.up), w2)
+        to.x.addmm_(F.silu(to.gate, inplace=True).mul_(to.up), w2)
 
-    def head(self, x: Tensor, to: _Places) -> Tensor:
-        """Logits [N,V] of the residual stream x [N,D]."""
-        return torch.cat(torch.bmm(self.norm(x, to).expand(len(self.out), -1, -1), self.out).unbind(), dim=1)
+    def head(self, to: _Places) -> Tensor:
+        """Logits [N,V] of the residual stream."""
+        to.norm()
+        return torch.cat(torch.bmm(to.normed.expand(len(self.out), -1, -1), self.out).unbind(), dim=1)
 
     def step(self, tokens: Tensor) -> Tensor:
         length, to = self.length, self.places
@@ -149,15 +151,16 @@ class LeanDecoder(Decoder):
         turn = self.turn[self.positions(length) if self.ragged else length]  # [B, K(G+2)Hd/2] or [K(G+2)Hd/2]
         keys, values = self.kv.narrow(3, 0, length + 1).unbind(1)  # [L,B*K,S,Hd] each
         slots = self.kv.select(3, length).transpose(1, 2)  # [L,B*K,2,Hd]
-        x = self.embed.index_select(0, tokens)  # [B,D]
+        torch.index_select(self.embed, 0, tokens, out=to.x)  # [B,D]
         for (wqkv, *others), k, v, slot in zip(self.blocks, keys.mT.unbind(), values.unbind(), slots.unbind(), strict=True):
-            torch.mm(self.norm(x, to), wqkv, out=to.qkv)
+            to.norm()
+            to.project(wqkv)
             to.pairs.mul_(turn)
             slot.copy_(to.new)
             scores = torch.bmm(to.queries, k) if bias is None else torch.baddbmm(bias, to.queries, k)  # [B*K,G,S]
             torch.bmm(scores.softmax(-1), v, out=to.heads)
-            self.rest(x, to.attended, *others, to)
-        return self.head(x, to)
+            self.rest(to, to.attended, *others)
+        return self.head(to)
 
     def positions(self, length: int) -> Tensor:
         return (length - self.pad).clamp_(max=len(self.turn) - 1)
@@ -175,16 +178,30 @@ class _Places:
 
     def __init__(self, decoder: LeanDecoder, N: int):
         (_, _, w13, _), G, K, Hd = decoder.blocks[0], decoder.group, decoder.kv_heads, decoder.head_dim
-        empty = decoder.embed.new_empty
-        self.normed = empty(N, w13.shape[1])
+        empty, D = decoder.embed.new_empty, w13.shape[1]
+        self.padded = decoder.embed.new_full((N, D + 1), decoder.eps)
+        self.x = self.padded[:, :D]  # the residual stream
+        self.size, self.normed = empty(N, 1), empty(N, D)
         self.normed_twice = self.normed.expand(2, -1, -1)
         self.qkv = empty(N, K * (G + 2) * Hd)
+        self.halves = None if N % 2 else (self.normed.view(2, N // 2, D), self.qkv.view(2, N // 2, -1))
         self.pairs = self.qkv.view(torch.complex64)  # [N, K(G+2)Hd/2]
         self.queries, self.new = self.qkv.view(N * K, G + 2, Hd).split_with_sizes((G, 2), dim=1)  # [N*K,G,Hd], [N*K,2,Hd]
         self.heads = empty(N * K, G, Hd)
         self.attended = self.heads.view(N, -1)  # [N,H*Hd]
         self.hidden = empty(2, N, w13.shape[2])
         self.gate, self.up = self.hidden.unbind()  # [N,F] each
+
+    def norm(self) -> None:
+        """normed [N,D] is x / sqrt(|x|^2 + D eps)."""
+        torch.div(self.x, torch.linalg.vector_norm(self.padded, dim=1, keepdim=True, out=self.size), out=self.normed)
+
+    def project(self, wqkv: Tensor) -> None:
+        """qkv [N, K(G+2)Hd] is normed @ wqkv."""
+        if self.halves is None:
+            torch.mm(self.normed, wqkv, out=self.qkv)
+        else:
+            torch.bmm(self.halves[0], wqkv.expand(2, -1, -1), out=self.halves[1])
 
 
 def _fold(norm: RMSNorm, weight: Tensor) -> Tensor:

@@ -291,7 +291,8 @@ def critic_from(reward: RewardModel, copied: bool = True) -> RewardModel:
 
 
 def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Callable[[Llama], dict[str, float]] | None = None) -> Llama:
-    """PPO by `config`; `prompts` ({"messages", "safety"}) replaces config.prompts; `evaluate` adds metrics every eval_every iterations.
+    """PPO by `config`; `prompts` ({"messages", "safety"}) replaces config.prompts; `evaluate` adds metrics every eval_every iterations, and before the first
+    one, where the curves over KL begin.
 
     Writes metrics.jsonl, state/ (to resume, bit for bit), and checkpoint/ with the policy: with `patience` that of the best evaluation on the kept
     prompts, else the last. Raises ValueError for too few prompts, an output folder in use (without resume), or models of different tokenizers.
@@ -341,7 +342,7 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
         checkpoint.load_weights(policy, path)
         restore(critic, optimizers, policy, tensors)
     metrics = out / "metrics.jsonl"
-    mesh.first(lambda: (write_config(c, out), keep_metrics(metrics, start)))
+    mesh.first(lambda: (write_config(c, out), keep_metrics(metrics, start or -1)))
 
     def note(record: dict) -> None:
         if mesh.rank == 0:
@@ -369,6 +370,8 @@ def run(config: PPOConfig, prompts: Sequence[dict] | None = None, evaluate: Call
                disable=None if mesh.rank == 0 else True)  # fmt: skip
     kept = out / "checkpoint"
     with stop_signals() as stop, bar:
+        if c.eval_every and not start:
+            note({"step": 0, **measure()})
         stopped_early = c.patience and best["worse"] >= c.patience  # a finished run that is resumed
         for iteration in range(start, start if stopped_early else c.iterations):
             began = time.monotonic()

@@ -249,15 +249,15 @@ def _rlhf(run: Path) -> list[str]:
     if e:
         def best(ax):
             for number, (b, color) in enumerate(zip(e["best_of"], ("tab:gray", "tab:blue"), strict=True), 1):
-                for key, style, label in (("max", "o-", "highest"), ("median", "s--", "median")):
-                    ax.plot([r["n"] for r in b], [r[key] for r in b], style, color=color, label=f"round {number}, {label} of N")
+                for key, style, label in (("max", "o-", "highest of N"), ("median", "s--", "median of N"), ("overall", ":", "median of all")):
+                    ax.plot([r["n"] for r in b], [r[key] for r in b], style, color=color, label=f"round {number}, {label}")
             ax.set_xscale("log", base=2)
             ax.set_xticks([r["n"] for r in e["best_of"][0]], labels=[str(r["n"]) for r in e["best_of"][0]])
             ax.margins(y=0.25)
             ax.legend(ncols=2, loc="upper left", fontsize="small")
 
-        moved = [f"{b[-1]['max'] - b[0]['max']:+.2f} and {b[-1]['median'] - b[0]['median']:+.2f}" for b in e["best_of"]]
-        title = f"Best of {e['best_of'][0][-1]['n']}: highest and median {', then '.join(moved)}"
+        moved = [f"{b[-1]['max'] - b[0]['max']:+.2f} and {b[-1]['overall'] - b[0]['overall']:+.2f}" for b in e["best_of"]]
+        title = f"Best of {e['best_of'][0][-1]['n']}: highest and median of all samples {', then '.join(moved)}"
         parts += ["## Rejection sampling (sec 3.2.3)\n", _figure(run, "best_of", title, "samples a prompt, N", "reward, logits", best)]
     m = read_metrics(run / "ppo" / "metrics.jsonl")
     steps = [r for r in m if "kl" in r]
@@ -286,7 +286,7 @@ def _beside(run: Path, stage: str, label: str) -> list[str]:
     """The reward model's reward and gold over the distance from the start, on prompts that PPO does not train on: where they part is
     over-optimisation."""
     rows = read_metrics(run / stage / "metrics.jsonl")
-    kl = {r["step"]: r["kl"] for r in rows if "kl" in r}
+    kl = {0: 0.0, **{r["step"]: r["kl"] for r in rows if "kl" in r}}
     rows = [{**r, "kl": kl[r["step"]]} for r in rows if "eval/gold" in r and r["step"] in kl]
     if not rows:
         return []

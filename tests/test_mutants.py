@@ -225,14 +225,14 @@ def asked_by(m, **more):
 
 def check_prompts(m):
     """Held-out prompts are never trained on, and every epoch visits each of the others once."""
-    *epochs, held = ([p for p, _ in batch] for batch in asked_by(m, iterations=2, batch_size=11, minibatch=11, critic_warmup=2))
+    _, *epochs, held = ([p for p, _ in batch] for batch in asked_by(m, iterations=2, batch_size=11, minibatch=11, critic_warmup=2))
     assert len(held) == 3 and all(len(set(e)) == 11 and not set(e) & set(held) for e in epochs)
 
 
 def check_fresh_samples(m):
     """A policy that does not move still draws anew in every iteration."""
     with replaced(m, read_prompts=lambda _: [{"messages": messages("Tell line 5"), "safety": False}] * 14):
-        first, second, _ = asked_by(m, iterations=2, batch_size=11, minibatch=11, critic_warmup=2)
+        _, first, second, _ = asked_by(m, iterations=2, batch_size=11, minibatch=11, critic_warmup=2)
     assert first != second
 
 
@@ -240,10 +240,10 @@ def check_best_is_kept(m):
     snapshots = []
     keep = lambda model: snapshots.append({k: v.clone() for k, v in model.state_dict().items()}) or {}  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        hand.scripted(patch, [-1.0, 2.0, 1.0, 1.5, 9.0, 9.0])
+        hand.scripted(patch, [5.0, -1.0, 2.0, 1.0, 1.5, 9.0, 9.0])
         config = hand.run_config(stages()[1], Path(folder) / "out", iterations=6, eval_every=1, patience=2, critic_warmup=0)
         best = m.run(config, evaluate=keep).state_dict()
-        assert len(snapshots) == 4 and hand.same(best, snapshots[1]) and hand.same(hand.weights(Path(folder) / "out"), snapshots[1])
+        assert len(snapshots) == 5 and hand.same(best, snapshots[2]) and hand.same(hand.weights(Path(folder) / "out"), snapshots[2])
 
 
 # ---- reward models -------------------------------------------------------------------------------------------------------------
@@ -471,7 +471,7 @@ def check_choose(m):
 def check_best_of(m):
     rows = [[{"reward": x} for x in row] for row in ([1.0, 5.0, 2.0, 9.0], [0.0, -1.0, 4.0, -2.0])]
     got = m.best_of(rows, [1, 3, 4])
-    assert [(r["n"], r["max"], r["median"]) for r in got] == [(1, 0.5, 0.5), (3, 4.5, 1.0), (4, 6.5, 1.5)]
+    assert [(r["n"], r["max"], r["median"], r["overall"]) for r in got] == [(1, 0.5, 0.5, 0.5), (3, 4.5, 1.0, 1.5), (4, 6.5, 1.5, 1.5)]
 
 
 def check_reject_run(m):
@@ -826,6 +826,7 @@ MUTANTS = [
     Mutant(rejection, "scored without EOS", "(asked[i // k] + ids,", "(asked[i // k] + ids[:-1],", check_draw),
     Mutant(rejection, "all samples where the first n are meant", "row[:n]", "row", check_best_of),
     Mutant(rejection, "the mean for the median", "np.median(rewards, axis=1)", "np.mean(rewards, axis=1)", check_best_of),
+    Mutant(rejection, "the mean of all for the median of all", "np.median(rewards))", "np.mean(rewards))", check_best_of),
     Mutant(rejection, "the sampler is tuned", "SFTConfig(init=config.init", "SFTConfig(init=config.policy", check_reject_run),
     Mutant(rejection, "earlier iterations are forgotten", "[selected, *config.pool]", "[selected]", check_reject_run),
     # safety tuning

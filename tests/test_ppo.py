@@ -686,7 +686,7 @@ def test_run_writes_what_it_says(root, whole):
     """Guards against a metric that is lost, a checkpoint that nothing can load, and a policy that never moved or moved in the critic's warm-up."""
     lines = records(whole)
     trained, measured = [r for r in lines if "kl" in r], [r for r in lines if "kl" not in r]
-    assert [r["step"] for r in trained] == [1, 2, 3, 4] and [r["step"] for r in measured] == [2, 4]
+    assert [r["step"] for r in trained] == [1, 2, 3, 4] and [r["step"] for r in measured] == [0, 2, 4]
     want = {"step", "reward", "helpful", "safety", "kl", "kl_k3", "length", "finished", "distinct_2", "value", "return", "explained_variance", "advantage_std",
             "policy_loss", "value_loss", "clip_fraction", "entropy", "approx_kl", "ratio_max", "first_log_ratio", "policy_grad_norm",
             "critic_grad_norm"}  # fmt: skip
@@ -724,9 +724,9 @@ def test_run_takes_each_prompt_once_an_epoch(root, tmp_path, monkeypatch):
     monkeypatch.setattr(Gated, "__call__", lambda self, rows, flags, *a: asked.append([(tuple(i[:s]), f) for (i, s), f in zip(rows, flags, strict=True)])
                         or GATED(self, rows, flags, *a))  # fmt: skip
     ppo.run(run_config(root, tmp_path / "out", iterations=3, batch_size=11, minibatch=11, eval_every=3))
-    *epochs, held = asked
+    before, *epochs, held = asked
     assert len(epochs) == 3 and all(sorted(e) == sorted(epochs[0]) and len(set(e)) == 11 for e in epochs) and epochs[0] != epochs[1]
-    assert len(held) == 3 and not set(held) & set(epochs[0])
+    assert len(held) == 3 and not set(held) & set(epochs[0]) and before == held
     tokenizer = Tokenizer(root / "t.model")
     prompts = {tuple(tokenizer.encode(f"[INST] Tell line {i} [/INST]", bos=True)): i % 3 == 0 for i in range(14)}
     assert dict(held) | dict(epochs[0]) == prompts
@@ -812,7 +812,7 @@ def test_kill_9_and_resume_gives_the_uninterrupted_weights(root, whole, tmp_path
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "parallel"}
     done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(fields)], capture_output=True, text=True, env=env)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [r["step"] for r in records(tmp_path / "out")] == [1, 2, 2, 3] and not (tmp_path / "out" / "checkpoint").exists()
+    assert [r["step"] for r in records(tmp_path / "out")] == [0, 1, 2, 2, 3] and not (tmp_path / "out" / "checkpoint").exists()
     ppo.run(dataclasses.replace(config, resume=True))
     assert same(weights(tmp_path / "out"), weights(whole)) and records(tmp_path / "out") == records(whole)
 
@@ -821,10 +821,10 @@ def test_kill_9_and_resume_gives_the_uninterrupted_weights(root, whole, tmp_path
 def test_a_signal_saves_and_resumes(number, root, whole, tmp_path):
     """Guards against losing the iterations since the last state when a job is preempted."""
     out = tmp_path / "out"
-    stopped = lambda _: signal.raise_signal(number) or {}  # noqa: E731
-    with pytest.raises(Interrupted, match=f"stopped by {number.name} after step 2"):
+    stopped = lambda _: signal.raise_signal(number) or {}  # in the evaluation of the start already  # noqa: E731
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} after step 1"):
         ppo.run(run_config(root, out, save_every=0), evaluate=stopped)
-    assert checkpoint.load_state(out / "state")[0] == 2
+    assert checkpoint.load_state(out / "state")[0] == 1
     ppo.run(run_config(root, out, save_every=0, resume=True))
     assert same(weights(out), weights(whole))
 
@@ -845,17 +845,17 @@ def test_early_stopping_keeps_the_best(root, tmp_path, monkeypatch):
     snapshots = []
     keep = lambda model: snapshots.append({k: v.clone() for k, v in model.state_dict().items()}) or {"n": float(len(snapshots))}  # noqa: E731
     config = run_config(root, tmp_path / "out", iterations=9, eval_every=1, save_every=1, patience=2, critic_warmup=0)
-    script = [-1.0, -3.0, 0.5, 0.4, 0.3, 9.0, 9.0]
+    script = [7.0, -1.0, -3.0, 0.5, 0.4, 0.3, 9.0, 9.0]  # the first is the start's, which is no candidate
     scripted(monkeypatch, script)
     best = ppo.run(config, evaluate=keep)
-    assert len(snapshots) == 5 and not same(snapshots[2], snapshots[4])
-    assert same(best.state_dict(), snapshots[2]) and same(weights(tmp_path / "out"), snapshots[2]) and not best.training
+    assert len(snapshots) == 6 and not same(snapshots[3], snapshots[5])
+    assert same(best.state_dict(), snapshots[3]) and same(weights(tmp_path / "out"), snapshots[3]) and not best.training
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result == {"iteration": 3, "eval_reward": pytest.approx(0.5)}
     measured = [r for r in records(tmp_path / "out") if "eval/reward" in r]
-    assert [r["eval/reward"] for r in measured] == pytest.approx(script[:5]) and [r["eval/n"] for r in measured] == [1, 2, 3, 4, 5]
+    assert [r["eval/reward"] for r in measured] == pytest.approx(script[:6]) and [r["eval/n"] for r in measured] == [1, 2, 3, 4, 5, 6]
     before = records(tmp_path / "out")
-    assert same(ppo.run(dataclasses.replace(config, resume=True)).state_dict(), snapshots[2]) and records(tmp_path / "out") == before  # nothing left to do
+    assert same(ppo.run(dataclasses.replace(config, resume=True)).state_dict(), snapshots[3]) and records(tmp_path / "out") == before  # nothing left to do
     real = checkpoint.save_state
 
     def full(folder, step, *a, **k):
@@ -869,9 +869,9 @@ def test_early_stopping_keeps_the_best(root, tmp_path, monkeypatch):
         scripted(patch, script)
         ppo.run(other)
     assert [checkpoint.load_state(tmp_path / "other" / x)[0] for x in ("checkpoint", "state")] == [3, 2]
-    scripted(monkeypatch, script[2:])
+    scripted(monkeypatch, script[3:])
     again = ppo.run(dataclasses.replace(other, resume=True))
-    assert same(again.state_dict(), snapshots[2]) and [r["step"] for r in records(tmp_path / "other") if "kl" in r] == [1, 2, 3, 4, 5]
+    assert same(again.state_dict(), snapshots[3]) and [r["step"] for r in records(tmp_path / "other") if "kl" in r] == [1, 2, 3, 4, 5]
 
 
 def test_patience_without_an_evaluation_keeps_the_last(root, tmp_path):

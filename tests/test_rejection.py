@@ -132,8 +132,13 @@ def test_best_of_against_definitions():
         medians = [(s[(n - 1) // 2] + s[n // 2]) / 2 for s in (sorted(r[:n]) for r in rewards.tolist())]
         assert row["median"] == pytest.approx(sum(medians) / 30) and row["prompts"] == 30
         assert row["max"] == pytest.approx(sum(max(r[:n]) for r in rewards.tolist()) / 30)
+        s = sorted(x for r in rewards.tolist() for x in r[:n])
+        assert row["overall"] == pytest.approx((s[15 * n - 1] + s[15 * n]) / 2)
     assert [r["max"] for r in table] == sorted(r["max"] for r in table) and table[-1]["max"] > table[0]["max"] + 1
     assert table[0]["max"] == table[0]["median"]
+    # a seventh is bad, which pulls down the mean and not the median
+    skewed = best_of([[{"reward": float(-9 if i % 7 == 0 else 1)} for i in range(p, p + 16)] for p in range(35)], (1, 16))
+    assert skewed[1]["median"] - skewed[0]["median"] > 1 and skewed[1]["overall"] == skewed[0]["overall"] == 1
 
 
 def test_the_temperature_sweep_draws_at_each_temperature(models):
