@@ -245,6 +245,12 @@ def test_a_dialogue_may_fill_the_context_to_its_last_target(inputs, tmp_path, mo
     assert limits and set(limits) == {config(inputs, tmp_path).train.seq_len + 1}
 
 
+def test_only_a_job_of_several_ranks_samples_in_bf16(inputs, tmp_path):
+    """Guards against a single process that samples from rounded weights, and ranks that gather them twice as wide as they train."""
+    asked = tiny.sampler_precision(gatt, lambda bf16: gatt.run(config(inputs, tmp_path / "r", train=TrainConfig(steps=1, bf16=bf16, device="cpu"))))
+    assert asked == {(False, 1): False, (False, 2): False, (True, 1): False, (True, 2): True}
+
+
 def test_long_dialogues_still_train_their_last_answer(inputs, tokenizer, tmp_path):
     """Guards against a dialogue that is cut before its last answer: it has no target left, and takes its place in the batch for nothing."""
     turns = ["Tell of line 1 of the book."] * 3

@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import inspect
+import io
 import itertools
 import json
 import math
@@ -21,10 +22,11 @@ import torch
 import minillama
 from minillama import checkpoint, ppo
 from minillama.chat import Message, encode_prompt
-from minillama.config import LlamaConfig, PPOConfig, TrainConfig
+from minillama.config import LlamaConfig, ParallelConfig, PPOConfig, TrainConfig
 from minillama.data.sources import read_prompts
 from minillama.generate import log_probs, sample_many
 from minillama.model import Llama
+from minillama.parallel import mesh as parallel
 from minillama.reward import Gated, RewardModel
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import Interrupted, make_optimizer
@@ -347,7 +349,12 @@ def test_rollout():
     torch.testing.assert_close(roll.logp.double(), want["logp"], rtol=0, atol=1e-5)
     compare(roll, want)
     m, n = roll.metrics, want["mask"].sum(1)
-    assert m["kl"] == pytest.approx(float(kl.sum(1).mean()), abs=1e-4) and m["kl_k3"] > 0 and m["finished"] == sum(ended) / 8
+    k3 = torch.exp(-kl) - 1 + kl
+    assert m["kl"] == pytest.approx(float(kl.sum(1).mean()), abs=1e-4) and m["kl_k3"] == pytest.approx(float(k3.sum(1).mean()), abs=1e-4)
+    assert m["value"] == pytest.approx(float(want["values"].sum() / n.sum()), abs=1e-4) and m["finished"] == sum(ended) / 8
+    assert m["return"] == pytest.approx(float(want["returns"].sum() / n.sum()), abs=1e-4) and m["distinct_2"] == ppo.distinct(answers)
+    score = want["returns"] - want["values"]  # what the critic did not foresee
+    assert m["advantage_std"] == pytest.approx(float((score.square().sum() / n.sum()).sqrt()), abs=1e-4)
     assert m["length"] == float(n.double().mean()) and m["reward"] == pytest.approx(float(judge.raw.mean()))
     assert (m["helpful"], m["safety"]) == (pytest.approx(m["reward"] + 1, abs=1e-5), pytest.approx(m["reward"] - 1, abs=1e-5))
     left = (want["returns"] - want["values"])[want["mask"]].square().mean() / want["returns"][want["mask"]].var(correction=0)
@@ -608,6 +615,45 @@ def test_a_gradient_that_is_not_finite_stops():
         ppo.update(parts[0], parts[2], optimizers(parts[0], parts[2]), roll, settings(), 0)
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_data_ranks_share_a_rollout(n, monkeypatch):
+    """Guards against rows that no rank or several ranks go through, and a rank that knows its own rows only."""
+    alone, _, _ = roll_out()
+    monkeypatch.setattr(ppo, "MICRO", 3)
+    for roll in tiny.on_ranks(n, lambda rank: ppo.rollout(*models(), Judge(), PROMPTS, SAFETY, settings(), EOS, 1)):
+        assert torch.equal(roll.tokens, alone.tokens) and roll.metrics == pytest.approx(alone.metrics, abs=1e-4)
+        compare(roll, {name: getattr(alone, name) for name in FIELDS}, atol=1e-5)
+
+
+class Recorder:
+    """In an optimizer's place: the gradients of a step."""
+
+    def __init__(self, model):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(self):
+        self.gradients = [p.grad.clone() for p in self.parameters if p.grad is not None]
+
+    def zero_grad(self, set_to_none):
+        assert set_to_none
+
+
+def test_the_mean_of_the_data_ranks_gradients_is_that_of_one_rank(monkeypatch):
+    """Guards against a minibatch of which a rank takes other rows than its own, and a weight that leaves the gradient a rank's share too large or small."""
+    monkeypatch.setattr(ppo, "MICRO", 2)
+
+    def work(rank):
+        policy, _, critic = parts = models()
+        recorders = Recorder(policy), Recorder(critic)
+        seen = ppo.update(policy, critic, recorders, injected(parts), settings(minibatch=8, grad_clip=1e9), 5)
+        return [g for x in recorders for g in x.gradients], {k: v for k, v in seen.items() if "norm" not in k}
+
+    (want, metrics), (first, mine), (second, theirs) = work(0), *tiny.on_ranks(2, work)
+    assert len(want) == len(first) > 20 and mine == theirs == pytest.approx(metrics, abs=1e-5)
+    for g, a, b in zip(want, first, second, strict=True):
+        torch.testing.assert_close((a + b) / 2, g, rtol=1e-4, atol=1e-6)
+
+
 def test_the_critic_is_a_copy_of_the_reward_model():
     """Guards against a critic that shares the reward model's weights (the reward drifts along) or that drops its head (random first advantages)."""
     for evidence in (False, True):
@@ -677,7 +723,7 @@ def records(out: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
     """The folder of a run of four iterations at once."""
-    out = tmp_path_factory.mktemp("whole") / "out"
+    out = tmp_path_factory.mktemp("whole") / "not" / "there" / "yet"
     ppo.run(run_config(root, out))
     return out
 
@@ -776,6 +822,34 @@ def test_progress_without_a_terminal(root, tmp_path, capsys, monkeypatch):
     assert [line[1] for line in lines] == ["10/11", "11/11"] and lines[1][-3:] == ["ETA", "0", "s"]
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert min(seconds) > 0 and sum(seconds) < time.monotonic() - began
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_writes_and_speaks(rank, root, tmp_path, monkeypatch):
+    """Guards against a log, a progress bar or a line from every rank of a job, or from none."""
+    monkeypatch.setattr(ppo.parallel, "start", lambda *_: parallel.Mesh(ParallelConfig(shard=1), rank=rank))
+    spoken = []
+    for i, kind in enumerate((io.StringIO, Terminal)):  # a log has lines, a terminal a bar
+        out = tmp_path / str(i)
+        monkeypatch.setattr(sys, "stdout", kind())
+        ppo.run(run_config(root, out, iterations=10, batch_size=2, minibatch=2, eval_every=5))
+        spoken.append(sys.stdout.getvalue())
+        written = [name for name in ("metrics.jsonl", "config.yaml", "result.json") if (out / name).exists()]
+        assert len(written) == (0 if rank else 3) and (out / "checkpoint").exists()
+    assert spoken == ["", ""] if rank else "ppo 10/10" in spoken[0] and "ppo: 100%" in spoken[1] and "ETA" not in spoken[1]
+
+
+def test_the_models_are_asked_for_whole_logits(root, tmp_path, monkeypatch):
+    """Guards against a policy or a reference whose logits lie on several tensor ranks: no log-probability can be taken of a part."""
+    asked, real = [], ppo.load_sharded
+    monkeypatch.setattr(ppo, "load_sharded", lambda path, mesh, **how: asked.append((Path(path).name, how)) or real(path, mesh, **how))
+    ppo.run(run_config(root, tmp_path / "out", iterations=2, patience=2, critic_warmup=0, eval_every=1))
+    assert asked == [(name, {"bf16": False, "split_logits": False}) for name in ("policy", "checkpoint")]
 
 
 def test_resume_is_exact(root, whole, tmp_path):

@@ -12,6 +12,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -527,9 +528,27 @@ def test_steps_and_warm_up_follow_the_epochs(chat, tmp_path, monkeypatch):
     """Guards against a warm-up that is all of a short run, and one that a long run does without: 3% of it, or what was asked for, at most half."""
     seen = []
     monkeypatch.setattr(reward, "train", lambda model, batches, loss, c, *a, **k: seen.append((c.steps, c.warmup_steps)) or model)
-    for i, epochs in enumerate((3, 0.01, 0.5, 20)):  # of 48 pairs by 8
+    for i, epochs in enumerate((3, 0.01, 0.5, 20, 0.34)):  # of 48 pairs by 8
         reward.run(RewardConfig(init=chat, out=str(tmp_path / str(i)), epochs=epochs, val_fraction=0.2, train=train_config()), trivial())
-    assert seen == [(18, 2), (1, 0), (3, 1), (120, 4)]
+    assert seen == [(18, 2), (1, 0), (3, 1), (120, 4), (2, 1)]
+
+
+def test_a_model_is_whole_and_in_fp32_unless_asked_otherwise(chat, trained, monkeypatch):
+    """Guards against a loaded reward model that is compiled or rounded although nobody asked for it."""
+    asked, real = [], reward.build
+    monkeypatch.setattr(reward, "build", lambda make, fill, mesh, **how: asked.append(how) or real(make, fill, mesh, **how))
+    reward.load(trained[0]), reward.from_chat(checkpoint.opened(chat), False)
+    assert asked == [{"bf16": False, "compile": False}] * 2
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_data_ranks_share_the_rows_that_are_scored(n):
+    """Guards against rows that no rank scores, or two; of seven ranks some have no row at all."""
+    model = build(True)
+    alone = reward.score(model, ROWS)
+    for batch in (1, 2, 64):
+        for scores in tiny.on_ranks(n, lambda rank, b=batch: reward.score(model, ROWS, b)):
+            torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
 
 
 def test_a_run_with_the_text_loss_validates_on_every_kept_pair(chat, tmp_path, monkeypatch):

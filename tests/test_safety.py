@@ -199,6 +199,13 @@ def test_a_round_learns_from_the_worst_attacks_only(models, tmp_path):
         safety.run(config(root, tmp_path / "n", red_team=-1))
 
 
+def test_only_a_job_of_several_ranks_samples_in_bf16(models, tmp_path):
+    """Guards against a single process that samples from rounded weights, and ranks that gather them twice as wide as they train."""
+    train = partial(TrainConfig, steps=1, device="cpu")
+    asked = tiny.sampler_precision(safety, lambda bf16: safety.run(config(models[0], tmp_path / "r", train=train(bf16=bf16))))
+    assert asked == {(False, 1): False, (False, 2): False, (True, 1): False, (True, 2): True}
+
+
 def test_without_distillation_only_the_samples_are_learned(models, tmp_path):
     """Guards against an ablation that still distils."""
     root, _ = models

@@ -1,13 +1,18 @@
-"""Tiny models that several test files need."""
+"""Tiny models, and data ranks without processes, that several test files need."""
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from minillama import checkpoint
-from minillama.config import LlamaConfig
+from minillama.config import LlamaConfig, ParallelConfig
 from minillama.model import Llama
+from minillama.parallel import mesh as parallel
 from minillama.reward import RewardModel
 from minillama.tokenizer import Tokenizer
 
@@ -50,9 +55,67 @@ def save_reward(config: LlamaConfig, path: Path, seed: int, tokenizer: Tokenizer
     return str(path)
 
 
+class Asked(Exception):
+    """Ends a run where the test has seen what it wanted."""
+
+
+def sampler_precision(module, run: Callable[[bool], object]) -> dict[tuple[bool, int], bool]:
+    """Whether `module.run` asks for a sampler in bf16, by (train.bf16, number of ranks); run(bf16) starts it."""
+    asked = {}
+    for bf16 in (False, True):
+        for world in (1, 2):
+
+            def ask(path, mesh, device, precision, key=(bf16, world)):
+                asked[key] = precision
+                raise Asked
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, "load_sampler", ask)
+                patch.setattr(module.parallel, "start", lambda *_, n=world: parallel.Mesh(ParallelConfig(shard=1), world=n))
+                with pytest.raises(Asked):
+                    run(bf16)
+    return asked
+
+
 def but(source: str, *changes: tuple[str, str]) -> str:
     """`source` with each (old, new) replaced; old must stand in it once."""
     for old, new in changes:
         assert source.count(old) == 1, (old, source.count(old))
         source = source.replace(old, new)
     return source
+
+
+class Thread(parallel.Mesh):
+    """A data rank that is a thread of this process; `board` is shared by all of them: a barrier, and a place for what each says."""
+
+    def said(self, x: object) -> list:
+        barrier, places = self.board
+        places[self.data_rank] = x
+        barrier.wait()
+        everything = list(places)
+        barrier.wait()
+        return everything
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(torch.stack(self.said(x.clone())).sum(0))
+
+    def gather(self, rows: list) -> list:
+        return [row for part in self.said(rows) for row in part]
+
+
+def on_ranks(n: int, work: Callable[[int], object]) -> list:
+    """What work(rank) returns on each of n data ranks that run at once, as threads of this process: parallel.current() is each one's own mesh."""
+    here, board = threading.local(), (threading.Barrier(n), [None] * n)
+
+    def one(rank: int) -> object:
+        here.mesh = Thread(ParallelConfig(shard=1), data_rank=rank, data_ranks=n)
+        here.mesh.board = board
+        try:
+            return work(rank)
+        except BaseException:
+            board[0].abort()
+            raise
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(n) as pool:
+        patch.setattr(parallel, "current", lambda: here.mesh)
+        return list(pool.map(one, range(n)))
