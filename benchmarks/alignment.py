@@ -7,8 +7,8 @@ Finished runs are read, not repeated. --controls adds, for each seed and draw, r
 start and are judged on the same test prompts. A draw has samples, an order of training and judged answers of its own: two trainings differ by more than the
 interval of one's prompts, so what is asked to hold one half is the interval over all trainings of all seeds. The control of rejection sampling still drops
 answers that never ended, which is itself a selection (of 1 or 2 in 1,000). The third control trains on Ghost Attention's dialogues with the instruction kept
-on every turn. --controls also lets PPO's KL go (no penalty, ten times the learning rate) against the reward model of the first round, which has not seen what
-the policy became, with gold on the validation split beside the reward: the report then has the curve of over-optimisation.
+on every turn. --controls also lets PPO's KL go: no penalty, five times the learning rate, and a reward model of a quarter of the first round's pairs, which
+has seen few answers and none of the policy's own. Gold on the validation split stands beside the reward: the report then has the curve of over-optimisation.
 """
 import argparse
 import json
@@ -20,10 +20,10 @@ from statistics import mean, stdev
 
 from scipy import stats
 
-from minillama import align, rejection, report
+from minillama import align, rejection, report, reward
 from minillama.checkpoint import load
-from minillama.config import RejectConfig
-from minillama.data.preferences import STRENGTHS
+from minillama.config import RejectConfig, RewardConfig
+from minillama.data.preferences import STRENGTHS, read_pairs
 from minillama.data.world import World
 from minillama.demo import recipe
 from minillama.evaluation import alignment as judge
@@ -52,10 +52,15 @@ def controls(run: Path, scale: str, seed: int, draws: int) -> dict:
         result["random"].append(judge.wins(gold(random, mine), gold("sft", mine)))
         result["shuffled"].append(judge.wins(gold(shuffled, mine), gold("reject-2", mine)))
         align.write(path, result)
-    if "ghost" not in result:
-        align.optimise(world, run, settings["ppo"], seed, "auto", helpful="reward-helpful-1", name="control-free", beta=0.0, lr=10 * settings["ppo"]["lr"],
-                       iterations=50, eval_every=5)  # fmt: skip
+    if "free" not in result:
+        few = read_pairs([str(run / "preferences-1.jsonl")])[::4]
+        reward.run(RewardConfig(data=[], init=str(run / "sft"), out=str(run / "control-reward"), kind="helpful", resume=True,
+                                **align.train_config(settings["reward_helpful"], seed, "auto")), few)  # fmt: skip
+        align.optimise(world, run, settings["ppo"], seed, "auto", helpful="control-reward", name="control-free", beta=0.0, lr=5 * settings["ppo"]["lr"],
+                       iterations=60, eval_every=5)  # fmt: skip
         result["free"] = [r for r in report.read_metrics(run / "control-free" / "metrics.jsonl") if "eval/gold" in r]
+        align.write(path, result)
+    if "ghost" not in result:
         align.ghost_attention(world, run, settings["gatt"], seed, "auto", on=False)
         model, tokenizer = load(run / "gatt-control")
         result["ghost"] = judge.standing_recall(model, tokenizer, world, turns=align.SHORT)[6]
