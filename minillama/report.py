@@ -253,11 +253,11 @@ def _rlhf(run: Path) -> list[str]:
                     ax.plot([r["n"] for r in b], [r[key] for r in b], style, color=color, label=f"round {number}, {label}")
             ax.set_xscale("log", base=2)
             ax.set_xticks([r["n"] for r in e["best_of"][0]], labels=[str(r["n"]) for r in e["best_of"][0]])
-            ax.margins(y=0.25)
+            ax.margins(y=0.4)
             ax.legend(ncols=2, loc="upper left", fontsize="small")
 
-        moved = [f"{b[-1]['max'] - b[0]['max']:+.2f} and {b[-1]['overall'] - b[0]['overall']:+.2f}" for b in e["best_of"]]
-        title = f"Best of {e['best_of'][0][-1]['n']}: highest and median of all samples {', then '.join(moved)}"
+        moved = [f"{b[-1]['max'] - b[0]['max']:+.2f} (median of all {b[-1]['overall'] - b[0]['overall']:+.2f})" for b in e["best_of"]]
+        title = f"Best of {e['best_of'][0][-1]['n']}: {', then '.join(moved)}"
         parts += ["## Rejection sampling (sec 3.2.3)\n", _figure(run, "best_of", title, "samples a prompt, N", "reward, logits", best)]
     m = read_metrics(run / "ppo" / "metrics.jsonl")
     steps = [r for r in m if "kl" in r]
@@ -296,7 +296,9 @@ def _beside(run: Path, stage: str, label: str) -> list[str]:
         right = ax.twinx()
         right.plot([r["kl"] for r in rows], [r["eval/reward"] for r in rows], "s--", color="tab:orange", label="reward model (right)")
         right.set_ylabel("reward, logits")
-        ax.legend(handles=[*ax.lines, *right.lines])
+        for a in (ax, right):
+            a.margins(y=0.25)
+        ax.legend(handles=[*ax.lines, *right.lines], ncols=2, loc="upper center", fontsize="small")
 
     top = max(rows, key=lambda r: r["eval/gold"])
     title = f"{label}: gold ends at {rows[-1]['eval/gold']:.2f}, best {top['eval/gold']:.2f} at KL {top['kl']:.1f}"
