@@ -128,6 +128,8 @@ def main() -> None:
     p.add_argument("--draws", type=int, default=4, help="trainings a seed of each control that is to change nothing")
     p.add_argument("--minutes", type=float, default=15.0, help="the most that a whole demo may take")
     a = p.parse_args()
+    if a.controls and a.draws * len(a.seeds) < 2:
+        p.error("the interval over trainings needs two of them at least; raise --draws")
     failed, nothing = 0, {"random": [], "shuffled": []}
     for seed in a.seeds:
         run = Path(a.out) / f"{a.scale}-{seed}"

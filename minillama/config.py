@@ -440,7 +440,7 @@ class PPOConfig:
     val_fraction: float = 0.1
     """Share of the prompts kept for early stopping (assumed)."""
     eval_every: int = 10
-    """Iterations between evaluations on the kept prompts; 0 is never (paper: early stopping on held-out prompts)."""
+    """Iterations between evaluations on the kept prompts, one of them before the first; 0 is never (paper: early stopping on held-out prompts)."""
     patience: int = 0
     """Evaluations without a better reward after which PPO stops; the best policy is kept. 0 runs to the end (assumed)."""
     save_every: int = 10
