@@ -12,13 +12,11 @@ has seen few answers and none of the policy's own. Gold on the validation split 
 """
 import argparse
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
-from scipy import stats
+from scipy.stats import t as student
 
 from minillama import align, rejection, report, reward
 from minillama.checkpoint import load
@@ -27,15 +25,16 @@ from minillama.data.preferences import STRENGTHS, read_pairs
 from minillama.data.world import World
 from minillama.demo import recipe
 from minillama.evaluation import alignment as judge
+from minillama.evaluation.stats import paired
 
 
 def controls(run: Path, scale: str, seed: int, draws: int) -> dict:
     """{"random": wins against SFT, "shuffled": wins against RS, both at T = 1, a training each; "free": PPO without its KL penalty, evaluation by
     evaluation; "ghost": how many dialogues of Ghost Attention's control follow the instruction at turn 6}."""
-    world, settings, tasks = World(seed, scale), recipe(scale)["align"], World(seed, scale).instructions("test")
-    path = run / "controls.json"
+    world, settings = World(seed, scale), recipe(scale)["align"]
+    path, tasks = run / "controls.json", world.instructions("test")
     result = json.loads(path.read_text()) if path.exists() else {"random": [], "shuffled": []}
-    prompts = [{**r, "safety": False} for r in align.prompt_rows(world.instructions("rlhf", settings["reject"]["prompts"], "controls"))]
+    prompts = align.mixed_prompts(world, "controls", settings["reject"]["prompts"], risky=0)
 
     def gold(name: str, noise: int) -> list[float]:
         model, tokenizer = load(run / name)
@@ -70,9 +69,7 @@ def controls(run: Path, scale: str, seed: int, draws: int) -> dict:
 
 def over(rows: list[dict]) -> dict:
     """The mean of several trainings' win rates, with the interval of Student's t: between trainings they differ by more than their prompts explain."""
-    means = [r["mean"] for r in rows]
-    half = stats.t.ppf(0.975, len(means) - 1) * stdev(means) / math.sqrt(len(means))
-    return {"mean": mean(means), "low": mean(means) - half, "high": mean(means) + half}
+    return paired([r["mean"] for r in rows], z=float(student.ppf(0.975, len(rows) - 1)))
 
 
 def even(r: dict) -> bool:

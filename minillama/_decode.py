@@ -113,7 +113,7 @@ class LeanDecoder(Decoder):
         self.kv = self.embed.new_empty(len(self.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
         turn = self.turn[:T] if positions is None else self.turn[positions]  # [T, K(G+2)Hd/2], with B before it
         to = _Places(self, B * T)
-        to.x.copy_(self.embed[tokens].flatten(0, 1))  # [B*T,D]
+        torch.index_select(self.embed, 0, tokens.flatten(), out=to.x)  # [B*T,D]
         pairs = to.pairs.view(B, T, -1)  # [B, T, K(G+2)Hd/2]
         q, k, v = to.qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
         k, v = k[:, :, 0], v[:, :, 0]

@@ -353,11 +353,11 @@ def test_rollout():
     assert m["kl"] == pytest.approx(float(kl.sum(1).mean()), abs=1e-4) and m["kl_k3"] == pytest.approx(float(k3.sum(1).mean()), abs=1e-4)
     assert m["value"] == pytest.approx(float(want["values"].sum() / n.sum()), abs=1e-4) and m["finished"] == sum(ended) / 8
     assert m["return"] == pytest.approx(float(want["returns"].sum() / n.sum()), abs=1e-4) and m["distinct_2"] == ppo.distinct(answers)
-    score = want["returns"] - want["values"]  # what the critic did not foresee
-    assert m["advantage_std"] == pytest.approx(float((score.square().sum() / n.sum()).sqrt()), abs=1e-4)
+    unforeseen = (want["returns"] - want["values"])[want["mask"]].square().mean()
+    assert m["advantage_std"] == pytest.approx(float(unforeseen.sqrt()), abs=1e-4)
     assert m["length"] == float(n.double().mean()) and m["reward"] == pytest.approx(float(judge.raw.mean()))
     assert (m["helpful"], m["safety"]) == (pytest.approx(m["reward"] + 1, abs=1e-5), pytest.approx(m["reward"] - 1, abs=1e-5))
-    left = (want["returns"] - want["values"])[want["mask"]].square().mean() / want["returns"][want["mask"]].var(correction=0)
+    left = unforeseen / want["returns"][want["mask"]].var(correction=0)
     assert m["explained_variance"] == pytest.approx(1 - float(left), abs=1e-3)
 
 
