@@ -3,7 +3,7 @@
     python benchmarks/train_speed.py [--preset laptop] [--batch 16] [--seq 192] [--threads 2]
 
 Rows hold several documents that do not see each other, as in pretraining; both models get the same mask. Compiled is the whole step of both, as the
-trainer does it on a CPU.
+trainer does it on a CPU. The last lines are attention alone, forward and backward: in blocks, and by PyTorch's kernel that is handed the mask.
 """
 import argparse
 import tempfile
@@ -11,11 +11,42 @@ import time
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from minillama import checkpoint
 from minillama.config import LlamaConfig
-from minillama.model import Llama, document_mask, next_token_loss
+from minillama.model import Llama, attention_in_blocks, document_mask, next_token_loss
+
+
+def interleaved(runs: dict, steps: int) -> dict[str, float]:
+    """Seconds of one call of each of `runs`: in turn, `steps` calls at a time, the median of five."""
+    for step in runs.values():  # compile and warm up
+        step(), step()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(5):
+        for name, step in runs.items():
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            times[name].append((time.perf_counter() - began) / steps)
+    return {name: median(v) for name, v in times.items()}
+
+
+def attention_alone(config: LlamaConfig, batch: int, T: int, mask: torch.Tensor, steps: int) -> dict[str, float]:
+    """Seconds of one layer's attention with its gradients, by "blocks" or "kernel", "eager" or "compiled". mask [B,1,T,T]."""
+    B, H, K, Hd = batch, config.n_heads, config.n_kv_heads, config.head_dim
+    q, k, v = (torch.randn(B, T, heads, Hd).transpose(1, 2).requires_grad_() for heads in (H, K, K))  # [B,heads,T,Hd], as Attention lays them out
+    bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    def kernel(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    runs = {}
+    for name, attend, hides in (("blocks", attention_in_blocks, bias), ("kernel", kernel, mask)):
+        for way, f in (("eager", attend), ("compiled", torch.compile(attend))):
+            runs[f"{name} {way}"] = lambda f=f, hides=hides: torch.autograd.grad(f(q, k, v, hides).sum(), (q, k, v))
+    return interleaved(runs, steps)
 
 
 def main() -> None:
@@ -45,7 +76,7 @@ def main() -> None:
 
         def loss():
             logits = model(batch["tokens"], attention_mask=document_mask(batch["doc_ids"]), use_cache=False).logits
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+            return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
 
         return step_of(model, torch.compile(loss) if compiled else loss)
 
@@ -60,22 +91,17 @@ def main() -> None:
         return step
 
     runs = {"minillama eager": ours(False), "transformers eager": theirs(False), "minillama compiled": ours(True), "transformers compiled": theirs(True)}
-    for step in runs.values():  # compile and warm up
-        step(), step()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(5):
-        for name, step in runs.items():
-            began = time.perf_counter()
-            for _ in range(a.steps):
-                step()
-            times[name].append((time.perf_counter() - began) / a.steps)
-    t = {name: median(v) for name, v in times.items()}
+    t = interleaved(runs, a.steps)
     print(f"{a.preset}: {config.n_params():,} parameters, batch {a.batch} x {a.seq}, {a.threads} threads")
     for name, seconds in t.items():
         print(f"{name:<22} {seconds * 1e3:8.1f} ms a step  {a.batch * a.seq / seconds:10,.0f} tokens/s")
     print(f"eager against eager       {t['transformers eager'] / t['minillama eager']:.2f}x")
     print(f"compiled against compiled {t['transformers compiled'] / t['minillama compiled']:.2f}x")
     print(f"compiled against eager    {t['minillama eager'] / t['minillama compiled']:.2f}x")
+    t = attention_alone(config, a.batch, a.seq, document_mask(doc_ids), 5 * a.steps)
+    for way in ("eager", "compiled"):
+        blocks, kernel = t[f"blocks {way}"], t[f"kernel {way}"]
+        print(f"attention {way:<8} {blocks * 1e3:6.2f} ms in blocks, {kernel * 1e3:6.2f} ms by the kernel: {kernel / blocks:.2f}x")
     if a.profile:
         from torch.profiler import profile
 

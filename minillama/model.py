@@ -80,6 +80,27 @@ class KVCache:
         self.v = [v[rows] for v in self.v]
 
 
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Causal attention of q [B,H,T,Hd] over k, v [B,K,T,Hd], block by block of queries, each with the keys up to its end only: [B,H,T,Hd].
+
+    bias: [B or 1, H or 1, T, T], added to the scores: very negative where a query may not look, later tokens among them. Of the T*T scores those to the
+    right of a block are never made, up to half of them, which a kernel that is handed a mask cannot leave out. It keeps the softmax of every layer for
+    the backward pass, so it is for short rows.
+    """
+    (B, H, T, Hd), K = q.shape, k.shape[1]
+    size = max(64, -(-T // 8))  # smaller blocks make fewer scores, in slower products
+    q = q.reshape(B, K, H // K, T, Hd) * Hd**-0.5  # [B,K,G,T,Hd]
+    bias = bias.unflatten(1, (K, -1) if bias.shape[1] > 1 else (1, 1))  # [.., K or 1, G or 1, T, T]
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        rows = q[:, :, :, start:end].flatten(2, 3)  # [B,K,G*t,Hd]: the queries of a group below each other, so no key is copied G times
+        scores = (rows @ k[:, :, :end].transpose(2, 3)).unflatten(2, (-1, end - start))  # [B,K,G,t,end]
+        weights = (scores + bias[..., start:end, :end]).softmax(-1)  # [B,K,G,t,end]
+        blocks.append((weights.flatten(2, 3) @ v[:, :, :end]).unflatten(2, (-1, end - start)))  # [B,K,G,t,Hd]
+    return torch.cat(blocks, dim=3).flatten(1, 2)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions (sec 2.2, A.2.1). Query head h reads key-value head h // G."""
 
@@ -105,7 +126,10 @@ class Attention(nn.Module):
             H, K = q.shape[1], k.shape[1]
             out = F.scaled_dot_product_attention(q.view(B, K, H // K, self.head_dim), k, v, attn_mask=mask)
             return self.wo(out.reshape(B, 1, -1))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        if mask is not None and mask.is_floating_point():
+            out = attention_in_blocks(q, k, v, mask)  # [B,H,T,Hd]
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)  # [B,H,T,Hd]
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -140,8 +164,11 @@ class TransformerBlock(nn.Module):
 class Llama(nn.Module):
     """Llama 2 (sec 2.2): token embeddings, n_layers blocks, a last norm, an untied output layer.
 
-    Weights are drawn by `init_weights`; under `torch.device("meta")` nothing is allocated and parameter counts are exact.
+    Weights are drawn by `init_weights`; under `torch.device("meta")` nothing is allocated and parameter counts are exact. Rows of up to
+    `longest_in_blocks` tokens that are trained on a CPU go through `attention_in_blocks`, all others through PyTorch's fused kernels.
     """
+
+    longest_in_blocks = 512
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -159,9 +186,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Final normed states [B,T,D] of tokens [B,T].
 
-        mask: bool, broadcastable to [B,H,T,S], True where a query may look; None means causal. positions: [T] or [B,T], default
-        the cache's length onwards; given ones must be below max_seq_len (IndexError, or undefined on a GPU). cache: appended to, in place. Raises
-        ValueError past max_seq_len or the cache's room.
+        mask: bool, broadcastable to [B,H,T,S], True where a query may look; it never sees later tokens, whatever the mask says. positions: [T] or
+        [B,T], default the cache's length onwards; given ones must be below max_seq_len (IndexError, or undefined on a GPU). cache: appended to, in
+        place. Raises ValueError past max_seq_len or the cache's room.
         """
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
@@ -174,9 +201,13 @@ class Llama(nn.Module):
         else:
             cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [T or B,T, Hd/2]
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [.., 1, Hd/2]
-        if mask is None and start > 0 and T > 1:  # a chunk after a filled cache: is_causal would align to the wrong corner
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
         x = self.tok_embeddings(tokens)  # [B,T,D]
+        in_blocks = x.device.type == "cpu" and torch.is_grad_enabled() and cache is None and T <= self.longest_in_blocks
+        if T > 1 and (mask is not None or start > 0 or in_blocks):  # else is_causal says it, which with a filled cache would align to the wrong corner
+            causal = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+            mask = causal if mask is None else mask & causal
+            if in_blocks:  # [B or 1, H or 1, T, T], added to scores; not -inf: a padding token that may look nowhere is a mean of anything, not NaN
+                mask = x.new_zeros(()).masked_fill(~mask, torch.finfo(x.dtype).min).expand(torch.broadcast_shapes(mask.shape, (1, 1, T, T)))
         for block in self.layers:
             x = block(x, cos, sin, mask, cache)  # [B,T,D]
         if cache is not None:

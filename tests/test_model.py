@@ -77,6 +77,53 @@ def test_logits_equal_transformers_at_4096_tokens(tmp_path):
     close(ours[:, -50:], theirs[:, -50:])
 
 
+@pytest.mark.parametrize("kind", [GQA, MQA, MHA])
+@pytest.mark.parametrize("length", [2, 64, 150, 520])
+def test_training_equals_transformers(tmp_path, kind, length):
+    """Attention in blocks, which only training on a CPU uses: a block's last rows, its border, a last block that is not full, documents that end inside
+    one. Past 512 tokens there are no blocks."""
+    hf = hf_model(kind, length=600)
+    hf.save_pretrained(tmp_path)
+    model, x = load_hf(tmp_path)[0].train(), tokens(2, length)
+    ids = torch.stack([torch.arange(length) * 3 // length, torch.arange(length) // 50])
+    for mask in (None, document_mask(ids)):
+        ours, theirs = model(x, mask=mask), hf(x, attention_mask=mask).logits
+        close(ours, theirs)
+        weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2)) / ours.numel() ** 0.5
+        (ours * weight).sum().backward()
+        (theirs * weight).sum().backward()
+        close(model.tok_embeddings.weight.grad, hf.model.embed_tokens.weight.grad)
+        close(model.layers[0].attention.wv.weight.grad, hf.model.layers[0].self_attn.v_proj.weight.grad)
+        model.zero_grad(), hf.zero_grad()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("shape", [(70, 70), (2, 1, 1, 70), (1, 6, 70, 70), (2, 6, 70, 70)])
+def test_masks_of_any_shape_and_never_the_future(tmp_path, trained, shape):
+    """A mask for all rows, all heads or all queries read as another; one that shows later tokens believed."""
+    hf = hf_model(GQA, length=80)
+    hf.save_pretrained(tmp_path)
+    model, x = load_hf(tmp_path)[0], tokens(2, 70)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    mask[..., 0] = True  # a query that may look nowhere has no answer
+    with torch.set_grad_enabled(trained):
+        got = model(x, mask=mask)
+    assert got.requires_grad == trained
+    full = mask.expand(2, 6, 70, 70) & torch.ones(70, 70, dtype=torch.bool).tril()
+    close(got, hf(x, attention_mask=full).logits)
+
+
+def test_padding_that_sees_nothing_is_finite():
+    """-inf everywhere in a row is 0/0: NaN in a padding token reaches every gradient."""
+    model, x = make(GQA), tokens(2, 9)
+    mask = (torch.arange(9) >= 4).expand(2, 1, 1, 9)  # the first four are padding: they see nothing at all
+    logits = model(x, mask=mask)
+    logits[:, 4:].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        close(logits[:, 4:].detach(), model(x[:, 4:]))
+
+
 # --------------------------------------------------------------------------------------------------- cache and masks
 
 

@@ -11,7 +11,7 @@ MODULES = {  # module -> number of the home chapter of its public classes and fu
     "reward": "14", "data/preferences": "14", "rejection": "15", "ppo": "16", "safety": "17", "evaluation/alignment": "18", "evaluation/stats": "18",
 }  # fmt: skip
 SYMBOLS = {  # definitions that are taught elsewhere than the rest of their module
-    "model": {"RMSNorm": "02", "FeedForward": "02", "rope_table": "03", "apply_rope": "03", "Attention": "04", "KVCache": "06",
+    "model": {"RMSNorm": "02", "FeedForward": "02", "rope_table": "03", "apply_rope": "03", "Attention": "04", "attention_in_blocks": "04", "KVCache": "06",
               "next_token_loss": "08", "document_mask": "08"},
     "config": {"TokenizerConfig": "01", "LlamaConfig": "05", "GenerateConfig": "06", "ParallelConfig": "09", "TrainConfig": "08", "PretrainConfig": "08",
                "SFTConfig": "12", "GAttConfig": "13", "RewardConfig": "14", "RejectConfig": "15", "PPOConfig": "16", "SafetyConfig": "17"},

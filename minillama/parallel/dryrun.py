@@ -236,6 +236,7 @@ def rehearse(
         meter = Meter({llama.vocab_size, llama.vocab_size // mesh.tensor}, groups(mesh))
         with FakeTensorMode(allow_non_fake_inputs=True), meter:
             model.to_empty(device="cpu").train()
+            model.longest_in_blocks = 0  # it stands for a GPU, where attention is a fused kernel
             meter.mark(model.parameters(), "parameters")
             meter.mark(model.buffers(), "buffers")
             optimizer = make_optimizer(model, TrainConfig())
