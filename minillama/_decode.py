@@ -5,6 +5,10 @@ size, L layers, V vocabulary.
 """
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,146 +66,152 @@ class Decoder:
         self.cache.select(rows)
 
 
+class LeanWeights:
+    """A small model's weights, laid out for `LeanDecoder`, with rotary turns for `length` positions."""
+
+    def __init__(self, model: Llama, length: int):
+        c, embed = model.config, model.tok_embeddings.weight
+        self.model, G, K = model, c.n_heads // c.n_kv_heads, c.n_kv_heads
+        self.shape = (K, G, c.head_dim)
+        self.embed = torch.cat([embed, embed.new_full((len(embed), 1), (c.dim * c.norm_eps) ** 0.5)], dim=1)  # [V,D+1]
+        self.blocks = []
+        for block in model.layers:
+            a, f = block.attention, block.feed_forward
+            heads = [w.weight.view(K, -1, c.dim) for w in (a.wq, a.wk, a.wv)]  # [K, G or 1 times Hd, D] each
+            heads[0] = heads[0] * c.head_dim**-0.5  # the softmax's scale
+            wqkv = _fold(block.attention_norm, torch.cat(heads, dim=1).flatten(0, 1))  # [D, K(G+2)Hd]
+            w13 = _fold(block.ffn_norm, torch.stack([f.w1.weight, f.w3.weight]))  # [2,D,F]
+            self.blocks.append((wqkv, a.wo.weight.T.contiguous(), w13, f.w2.weight.T.contiguous()))
+        self.out = _fold(model.norm, model.output.weight)  # [D,V]
+        turn = torch.complex(model.rope_cos[:length], model.rope_sin[:length]).unsqueeze(1)  # [S,1,Hd/2]
+        turn = torch.cat([turn.expand(-1, G + 1, -1), torch.ones_like(turn)], dim=1)  # [S,G+2,Hd/2]
+        self.turn = turn.flatten(1).repeat(1, K)  # [S, K(G+2)Hd/2]
+
+
 class LeanDecoder(Decoder):
     """The same arithmetic in far fewer calls. One token through a small model is microseconds of arithmetic and a millisecond of
     Python and dispatch, so calls are what there is to save, and after them memory traffic:
 
     * norm weights are folded into the matrices that follow, with sqrt(D), which makes RMSNorm x / hypot(|x|, sqrt(D eps)), and that is the norm of x with
       sqrt(D eps) behind it;
-    * wq, wk, wv are one matrix, ordered by key-value head (its G queries, its key, its value), and w1, w3 another;
+    * wq, wk, wv are one matrix, ordered by key-value head (its G queries, its key, its value), and w1, w3 a pair;
     * weights are copied to [in, out], which a CPU multiplies up to one and a half times as fast as [out, in] with few rows;
-    * two threads that have a product each wait for each other less than two that share one: the wide matrices are two halves, [2, in, out/2], and q, k, v
-      of an even number of rows are made by halves of the rows;
-    * what a layer makes of its rows has its place, and the views into it are made once: a view costs as much as a small product;
     * a rotary turn of a pair is one complex multiplication, and values are "turned" by 1, so q, k, v turn in one call;
     * keys and values of all layers are one tensor, sliced once a step and written by one copy a layer; residual sums happen inside addmm_;
     * one query a row attends by two batched matrix products, which on a CPU take an eighth of the fused kernel's time. (Keys kept as [Hd,S] would
       multiply a little faster, but a new key would then touch Hd cache lines a row, and from a few rows on that costs more.)
+    * on a CPU prefill and step are TorchScript: single calls without Python's lock, so `generate` can give each core a part of the rows;
     * a prompt that stands in several rows (the K samples of rejection sampling) is read once, and of the last layer only its end.
     """
 
-    def __init__(self, model: Llama, prompts: list[list[int]], steps: int):
-        c = model.config
-        self.group, self.kv_heads, self.head_dim = c.n_heads // c.n_kv_heads, c.n_kv_heads, c.head_dim
-        self.embed, self.eps = model.tok_embeddings.weight, (c.dim * c.norm_eps) ** 0.5
-        self.blocks = []
-        for block in model.layers:
-            a, f = block.attention, block.feed_forward
-            heads = [w.weight.view(c.n_kv_heads, -1, c.dim) for w in (a.wq, a.wk, a.wv)]  # [K, G or 1 times Hd, D] each
-            heads[0] = heads[0] * c.head_dim**-0.5  # the softmax's scale
-            wqkv = _fold(block.attention_norm, torch.cat(heads, dim=1).flatten(0, 1))  # [D, K(G+2)Hd]
-            w13 = _fold(block.ffn_norm, torch.stack([f.w1.weight, f.w3.weight]))  # [2,D,F]
-            self.blocks.append((wqkv, a.wo.weight.T.contiguous(), w13, f.w2.weight.T.contiguous()))
-        halves = 2 - c.vocab_size % 2
-        self.out = _fold(model.norm, model.output.weight.view(halves, -1, c.dim))  # [2,D,V/2], or [1,D,V] of an odd V
-        end = min(max(map(len, prompts)) + steps, c.max_seq_len)
-        turn = torch.complex(model.rope_cos[:end], model.rope_sin[:end]).unsqueeze(1)  # [S',1,Hd/2]
-        turn = torch.cat([turn.expand(-1, self.group + 1, -1), torch.ones_like(turn)], dim=1)  # [S',G+2,Hd/2]
-        self.turn = turn.flatten(1).repeat(1, c.n_kv_heads)  # [S', K(G+2)Hd/2]
+    def __init__(self, weights: LeanWeights, prompts: list[list[int]], steps: int):
+        self.weights = weights
+        self.calls = _scripted() if weights.embed.device.type == "cpu" else (_prefill, _step)
         distinct: dict[tuple[int, ...], int] = {}
-        self.copies = torch.tensor([distinct.setdefault(tuple(p), len(distinct)) for p in prompts], device=self.turn.device)  # [B] its prompt's row there
-        super().__init__(model, list(distinct), steps)
+        self.copies = torch.tensor([distinct.setdefault(tuple(p), len(distinct)) for p in prompts], device=weights.embed.device)  # [B] its prompt's row there
+        super().__init__(weights.model, list(distinct), steps)
         self.pad, self.logits = self.pad[self.copies], self.logits[self.copies]
         if self.ragged:
-            bias = torch.zeros(self.valid.shape, device=turn.device).masked_fill_(~self.valid, float("-inf"))[self.copies]  # [B,S]
-            self.bias = bias.repeat_interleave(c.n_kv_heads, dim=0).unsqueeze(1)  # [B*K,1,S]
-        self.places = _Places(self, len(prompts))
+            bias = torch.zeros(self.valid.shape, device=self.pad.device).masked_fill_(~self.valid, float("-inf"))[self.copies]  # [B,S]
+            self.bias = bias.repeat_interleave(weights.shape[0], dim=0).unsqueeze(1)  # [B*K,1,S]
 
     def prefill(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        (B, T), G, K, Hd = tokens.shape, self.group, self.kv_heads, self.head_dim  # B distinct prompts
-        self.length = T
-        self.kv = self.embed.new_empty(len(self.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
-        turn = self.turn[:T] if positions is None else self.turn[positions]  # [T, K(G+2)Hd/2], with B before it
-        to = _Places(self, B * T)
-        torch.index_select(self.embed, 0, tokens.flatten(), out=to.x)  # [B*T,D]
-        pairs = to.pairs.view(B, T, -1)  # [B, T, K(G+2)Hd/2]
-        q, k, v = to.qkv.view(B, T, K, G + 2, Hd).permute(0, 2, 3, 1, 4).split_with_sizes((G, 1, 1), dim=2)  # [B,K,G,T,Hd], [B,K,1,T,Hd] twice
-        k, v = k[:, :, 0], v[:, :, 0]
-        for layer, (wqkv, *others) in enumerate(self.blocks):
-            to.norm()
-            to.project(wqkv)
-            pairs.mul_(turn)
-            self.kv[layer, 0, :, :T] = k[self.copies].flatten(0, 1)
-            self.kv[layer, 1, :, :T] = v[self.copies].flatten(0, 1)
-            query, causal = q.flatten(1, 2), mask is None  # [B,H,T,Hd]
-            if layer == len(self.blocks) - 1:  # only the end of the prompt is asked for
-                last, query, causal, to = to.x.view(B, T, -1)[:, -1], query[:, :, -1:], False, _Places(self, B)
-                to.x.copy_(last)
-                mask = None if mask is None else mask[:, :, -1:]
-            o = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=True)  # [B,H,T,Hd]
-            self.rest(to, o.transpose(1, 2).reshape(len(to.x), -1), *others)
-        return self.head(to)
-
-    def rest(self, to: _Places, o: Tensor, wo: Tensor, w13: Tensor, w2: Tensor) -> None:
-        """Add to the residual stream what follows attention's o [N,H*Hd] in a block."""
-        to.x.addmm_(o, wo)
-        to.norm()
-        torch.bmm(to.normed_twice, w13, out=to.hidden)
-        to.x.addmm_(F.silu(to.gate, inplace=True).mul_(to.up), w2)
-
-    def head(self, to: _Places) -> Tensor:
-        """Logits [N,V] of the residual stream."""
-        to.norm()
-        return torch.cat(torch.bmm(to.normed.expand(len(self.out), -1, -1), self.out).unbind(), dim=1)
+        w, (K, _, Hd), self.length = self.weights, self.weights.shape, tokens.shape[1]
+        self.kv = w.embed.new_empty(len(w.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
+        turn = w.turn[: self.length] if positions is None else w.turn[positions]
+        return self.calls[0](w.embed, w.blocks, w.out, self.kv, tokens, turn, mask, self.copies)
 
     def step(self, tokens: Tensor) -> Tensor:
-        length, to = self.length, self.places
+        length, w = self.length, self.weights
         self.length += 1
         bias = self.bias[..., : length + 1] if self.ragged else None  # [B*K,1,S]
-        turn = self.turn[self.positions(length) if self.ragged else length]  # [B, K(G+2)Hd/2] or [K(G+2)Hd/2]
-        keys, values = self.kv.narrow(3, 0, length + 1).unbind(1)  # [L,B*K,S,Hd] each
-        slots = self.kv.select(3, length).transpose(1, 2)  # [L,B*K,2,Hd]
-        torch.index_select(self.embed, 0, tokens, out=to.x)  # [B,D]
-        for (wqkv, *others), k, v, slot in zip(self.blocks, keys.mT.unbind(), values.unbind(), slots.unbind(), strict=True):
-            to.norm()
-            to.project(wqkv)
-            to.pairs.mul_(turn)
-            slot.copy_(to.new)
-            scores = torch.bmm(to.queries, k) if bias is None else torch.baddbmm(bias, to.queries, k)  # [B*K,G,S]
-            torch.bmm(scores.softmax(-1), v, out=to.heads)
-            self.rest(to, to.attended, *others)
-        return self.head(to)
+        turn = w.turn[self.positions(length) if self.ragged else length]  # [B, K(G+2)Hd/2] or [K(G+2)Hd/2]
+        return self.calls[1](w.embed, w.blocks, w.out, self.kv, tokens, turn, bias, length)
 
     def positions(self, length: int) -> Tensor:
-        return (length - self.pad).clamp_(max=len(self.turn) - 1)
+        return (length - self.pad).clamp_(max=len(self.weights.turn) - 1)
 
     def select(self, rows: Tensor) -> None:
-        self.pad, self.places = self.pad[rows], _Places(self, len(rows))
-        rows = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()  # of B*K
+        self.pad = self.pad[rows]
+        K = self.weights.shape[0]
+        rows = (rows[:, None] * K + torch.arange(K, device=rows.device)).flatten()  # of B*K
         self.kv = self.kv[:, :, rows]
         if self.ragged:
             self.bias = self.bias[rows]
 
 
-class _Places:
-    """Where the lean decoder puts what it makes of N rows, layer after layer, and its views of that."""
+def _norm(x: Tensor, padded: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + D eps) of the residual stream x [N,D]; padded [N,D+1] is x with sqrt(D eps) behind it."""
+    return x / torch.linalg.vector_norm(padded, dim=[1], keepdim=True)
 
-    def __init__(self, decoder: LeanDecoder, N: int):
-        (_, _, w13, _), G, K, Hd = decoder.blocks[0], decoder.group, decoder.kv_heads, decoder.head_dim
-        empty, D = decoder.embed.new_empty, w13.shape[1]
-        self.padded = decoder.embed.new_full((N, D + 1), decoder.eps)
-        self.x = self.padded[:, :D]  # the residual stream
-        self.size, self.normed = empty(N, 1), empty(N, D)
-        self.normed_twice = self.normed.expand(2, -1, -1)
-        self.qkv = empty(N, K * (G + 2) * Hd)
-        self.halves = None if N % 2 else (self.normed.view(2, N // 2, D), self.qkv.view(2, N // 2, -1))
-        self.pairs = self.qkv.view(torch.complex64)  # [N, K(G+2)Hd/2]
-        self.queries, self.new = self.qkv.view(N * K, G + 2, Hd).split_with_sizes((G, 2), dim=1)  # [N*K,G,Hd], [N*K,2,Hd]
-        self.heads = empty(N * K, G, Hd)
-        self.attended = self.heads.view(N, -1)  # [N,H*Hd]
-        self.hidden = empty(2, N, w13.shape[2])
-        self.gate, self.up = self.hidden.unbind()  # [N,F] each
 
-    def norm(self) -> None:
-        """normed [N,D] is x / sqrt(|x|^2 + D eps)."""
-        torch.div(self.x, torch.linalg.vector_norm(self.padded, dim=1, keepdim=True, out=self.size), out=self.normed)
+def _prefill(
+    embed: Tensor, blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]], out: Tensor, kv: Tensor, tokens: Tensor, turn: Tensor, mask: Tensor | None, copies: Tensor
+) -> Tensor:
+    """Logits [P,V] behind the distinct prompts tokens [P,T], whose keys and values fill kv [L,2,N*K,S,Hd], row n with those of prompt copies[n]. turn
+    [T or P,T, K(G+2)Hd/2]; mask [P,1,T,T], None is causal."""
+    P, T, D, Hd = tokens.size(0), tokens.size(1), out.size(0), kv.size(4)
+    K = kv.size(2) // len(copies)
+    padded = embed.index_select(0, tokens.flatten())  # [P*T,D+1]
+    x = padded.narrow(1, 0, D)
+    for i, (wqkv, wo, w13, w2) in enumerate(blocks):
+        qkv = torch.mm(_norm(x, padded), wqkv)  # [P*T, K(G+2)Hd]
+        torch.view_as_complex(qkv.view(P, T, -1, 2)).mul_(turn)
+        heads = qkv.view(P, T, K, -1, Hd).permute(0, 2, 3, 1, 4)  # [P,K,G+2,T,Hd]
+        q, k, v = heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]  # [P,H,T,Hd], [P,K,T,Hd] twice
+        kv[i, 0, :, :T] = k[copies].flatten(0, 1)
+        kv[i, 1, :, :T] = v[copies].flatten(0, 1)
+        last = i == len(blocks) - 1  # only the end of the prompt is asked for
+        if last:
+            padded, q = padded.view(P, T, -1)[:, -1].contiguous(), q[:, :, -1:]
+            x, mask = padded.narrow(1, 0, D), None if mask is None else mask[:, :, -1:]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and not last, scale=1.0, enable_gqa=True)  # [P,H,T,Hd]
+        x.addmm_(o.transpose(1, 2).reshape(len(padded), -1), wo)
+        gate, up = torch.bmm(_norm(x, padded).expand(2, -1, -1), w13).unbind()  # [P*T,F] each
+        x.addmm_(F.silu(gate, inplace=True).mul_(up), w2)
+    return torch.mm(_norm(x, padded), out)
 
-    def project(self, wqkv: Tensor) -> None:
-        """qkv [N, K(G+2)Hd] is normed @ wqkv."""
-        if self.halves is None:
-            torch.mm(self.normed, wqkv, out=self.qkv)
-        else:
-            torch.bmm(self.halves[0], wqkv.expand(2, -1, -1), out=self.halves[1])
+
+def _step(
+    embed: Tensor, blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]], out: Tensor, kv: Tensor, tokens: Tensor, turn: Tensor, bias: Tensor | None, length: int
+) -> Tensor:
+    """Logits [N,V] after tokens [N] at slot `length` of kv [L,2,N*K,S,Hd]; weights as in LeanWeights, turn [N or 1, K(G+2)Hd/2], bias [N*K,1,length+1].
+
+    What a layer makes has a place, the same for all layers, and views of it are made before the first: a view costs as much as a small sum.
+    """
+    wqkv, wo, w13, w2 = blocks[0]
+    N, D, NK, Hd = len(tokens), len(wqkv), kv.size(2), kv.size(4)
+    padded = embed.index_select(0, tokens)  # [N,D+1]
+    x, size, normed = padded.narrow(1, 0, D), embed.new_empty([N, 1]), embed.new_empty([N, D])
+    twice, hidden = normed.expand(2, -1, -1), embed.new_empty([2, N, w13.size(2)])
+    gate, up = hidden.unbind()  # [N,F] each
+    qkv, attended = embed.new_empty([N, wqkv.size(1)]), embed.new_empty([N, len(wo)])
+    pairs, per_head, heads = torch.view_as_complex(qkv.view(N, -1, 2)), qkv.view(NK, -1, Hd), attended.view(NK, -1, Hd)
+    queries, new = per_head.split_with_sizes([heads.size(1), 2], dim=1)  # [N*K,G,Hd], [N*K,2,Hd]
+    keys, values = kv.narrow(3, 0, length + 1).unbind(1)  # [L,N*K,S,Hd] each
+    layers = zip(blocks, keys.mT.unbind(), values.unbind(), kv.select(3, length).transpose(1, 2).unbind())  # noqa: B905 (TorchScript knows no strict)
+    for (wqkv, wo, w13, w2), k, v, slot in layers:
+        torch.div(x, torch.linalg.vector_norm(padded, dim=[1], keepdim=True, out=size), out=normed)
+        torch.mm(normed, wqkv, out=qkv)
+        pairs.mul_(turn)
+        slot.copy_(new)
+        scores = torch.bmm(queries, k) if bias is None else torch.baddbmm(bias, queries, k)  # [N*K,G,S]
+        torch.bmm(scores.softmax(-1), v, out=heads)
+        x.addmm_(attended, wo)
+        torch.div(x, torch.linalg.vector_norm(padded, dim=[1], keepdim=True, out=size), out=normed)
+        torch.bmm(twice, w13, out=hidden)
+        x.addmm_(F.silu(gate, inplace=True).mul_(up), w2)
+    torch.div(x, torch.linalg.vector_norm(padded, dim=[1], keepdim=True, out=size), out=normed)
+    return torch.mm(normed, out)
+
+
+@functools.cache
+def _scripted() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """`_prefill` and `_step` as TorchScript. PyTorch calls that deprecated and names torch.compile in its place, which compiles for half a minute what
+    generates for a second, and keeps Python's lock."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(_prefill), torch.jit.script(_step)
 
 
 def _fold(norm: RMSNorm, weight: Tensor) -> Tensor:

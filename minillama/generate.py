@@ -10,9 +10,12 @@ Shapes: B rows still in the batch, T time, S time in the cache, V vocabulary.
 """
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from types import ModuleType
 
 import numpy as np
@@ -20,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillama._decode import Decoder, LeanDecoder, is_plain, padded_causal
+from minillama._decode import Decoder, LeanDecoder, LeanWeights, is_plain, padded_causal
 from minillama.model import Llama
 from minillama.parallel import mesh as parallel
 from minillama.tokenizer import Tokenizer
@@ -60,10 +63,23 @@ def sample(
     gives what they would get in one call for all. logprobs=False leaves Samples.logprobs empty and saves time.
     Raises ValueError for an empty prompt, one longer than max_seq_len, a token outside the vocabulary, or a setting out of range.
     """
-    samples = Samples([[] for _ in prompts], [[] for _ in prompts], [False] * len(prompts))
-    for _ in _run(model, prompts, samples, max_new_tokens, temperature, top_p, seed, _stops(stop), first_row, logprobs):
-        pass
-    return samples
+    _check(model, prompts, max_new_tokens, temperature, top_p, seed)
+    stops = _stops(stop)
+
+    def part(weights: LeanWeights | None, rows: range) -> Samples:
+        mine = [prompts[i] for i in rows]
+        samples = Samples([[] for _ in mine], [[] for _ in mine], [False] * len(mine))
+        for _ in _run(model, weights, mine, samples, max_new_tokens, temperature, top_p, seed, stops, first_row + rows.start, logprobs):
+            pass
+        return samples
+
+    parts = _parts(model, len(prompts))
+    if len(parts) == 1:
+        return part(_lean(model, prompts, max_new_tokens), parts[0])
+    with _one_core_a_thread(), ThreadPoolExecutor(len(parts)) as pool:
+        weights = _lean(model, prompts, max_new_tokens)
+        done = list(pool.map(lambda rows: part(weights, rows), parts))
+    return Samples(*(list(itertools.chain.from_iterable(getattr(p, f.name) for p in done)) for f in fields(Samples)))
 
 
 def sample_many(
@@ -97,7 +113,8 @@ def stream(
     hold = max((len(s) for group in stops.values() for s in group), default=1) - 1
     samples, done = Samples([[]], [[]], [False]), 0
     row = samples.tokens[0]
-    for _ in _run(model, [prompt], samples, max_new_tokens, temperature, top_p, seed, stops, 0, False):
+    _check(model, [prompt], max_new_tokens, temperature, top_p, seed)
+    for _ in _run(model, _lean(model, [prompt], max_new_tokens), [prompt], samples, max_new_tokens, temperature, top_p, seed, stops, 0, False):
         while done < len(row) - hold and not samples.stopped[0]:
             yield row[done]
             done += 1
@@ -165,13 +182,44 @@ def log_probs(model: Llama, tokens: Tensor, valid: Tensor | None = None, where: 
     return torch.zeros(where.shape, device=tokens.device).masked_scatter(where, found)
 
 
+@torch.inference_mode()
+def _lean(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> LeanWeights | None:
+    """What the lean decoder needs of a model that it can decode, else None."""
+    if not is_plain(model):
+        return None
+    longest = max(map(len, prompts), default=0)
+    return LeanWeights(model, min(longest + max_new_tokens, model.config.max_seq_len))
+
+
+def _parts(model: Llama, rows: int) -> list[range]:
+    """`rows` prompts in as many parts as are decoded at once, each by a core of its own.
+
+    Cores that share each small product wait for each other at each, and where they are slow to hand over, as on some virtual machines, that is half of a
+    step. Products of more than about four million weights, or of a few rows, are better shared.
+    """
+    small = next(model.parameters()).device.type == "cpu" and is_plain(model, limit=2**22)
+    parts = max(1, min(torch.get_num_threads(), rows // 8)) if small else 1
+    bounds = [rows * i // parts for i in range(parts + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+@contextmanager
+def _one_core_a_thread() -> Iterator[None]:
+    """Within it, products of this thread, and of those that it starts, take one core each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.inference_mode()  # on a generator it is left at each yield, so it never leaks into the caller
 def _run(
-    model: Llama, prompts: list[list[int]], samples: Samples, max_new_tokens: int, temperature: float, top_p: float, seed: int,
-    stops: dict, first_row: int, logprobs: bool,
+    model: Llama, weights: LeanWeights | None, prompts: list[list[int]], samples: Samples, max_new_tokens: int, temperature: float, top_p: float,
+    seed: int, stops: dict, first_row: int, logprobs: bool,
 ) -> Iterator[None]:  # fmt: skip
     """Fill `samples`, one token a row between yields."""
-    _check(model, prompts, max_new_tokens, temperature, top_p, seed)
     limits = [min(max_new_tokens, model.config.max_seq_len - len(p)) for p in prompts]
     rows = [i for i, limit in enumerate(limits) if limit > 0]  # prompt number of each row of the batch, -1 once finished
     if not rows:
@@ -183,7 +231,8 @@ def _run(
     try:
         if training:
             model.eval()
-        decoder = (LeanDecoder if is_plain(model) else Decoder)(model, [prompts[i] for i in rows], steps)
+        batch = [prompts[i] for i in rows]
+        decoder = LeanDecoder(weights, batch, steps) if weights else Decoder(model, batch, steps)
         logits = decoder.logits  # [B,V]
         uniform = _uniforms(seed, [first_row + i for i in rows], steps).to(logits.device) if temperature > 0 else None  # [steps,B,1]
         for step in range(steps):

@@ -28,7 +28,7 @@ def model():
 def either(request, model, monkeypatch):
     """The model, decoded by either decoder."""
     if request.param == "module":
-        monkeypatch.setattr(g, "LeanDecoder", g.Decoder)
+        monkeypatch.setattr(g, "is_plain", lambda model, limit=0: False)
     return model
 
 
@@ -76,6 +76,39 @@ def test_a_row_does_not_depend_on_its_company(either, top_p):
     assert len({tuple(t) for t in same}) > 1  # equal prompts in one batch draw different rows
 
 
+@pytest.mark.parametrize("rows", [15, 16, 25])
+def test_parts_on_cores_of_their_own_are_the_whole(model, rows, monkeypatch):
+    """Parts that draw with each other's numbers, lose a row, come back in another order, or leave the caller with one core."""
+    prompts = [RAGGED[i % 4] + [i] for i in range(rows)]
+    kw = dict(max_new_tokens=15, temperature=1.0, seed=4, stop=[4, 9], first_row=3)
+    before = torch.get_num_threads()
+    whole, sizes, real = {}, [], g._run
+
+    def run(model, weights, prompts, *args):
+        sizes.append((len(prompts), torch.get_num_threads()))
+        return real(model, weights, prompts, *args)
+
+    monkeypatch.setattr(g, "_run", run)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            whole[threads] = sample(model, prompts, **kw)
+            assert torch.get_num_threads() == threads
+            with pytest.raises(ZeroDivisionError):
+                monkeypatch.setattr(g, "_pick", lambda *a: 1 / 0)
+                sample(model, prompts, **kw)
+            monkeypatch.undo()
+            monkeypatch.setattr(g, "_run", run)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    want = {15: [(15, 3)], 16: [(8, 1)] * 2, 25: [(8, 1)] * 2 + [(9, 1)]}[rows]
+    assert sorted(sizes[2 : 2 + len(want)]) == want and sizes[0] == (rows, 1)
+    assert whole[3].tokens == whole[1].tokens and whole[3].stopped == whole[1].stopped and any(whole[1].stopped)
+    for a, b in zip(whole[3].logprobs, whole[1].logprobs, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
 def test_more_room_does_not_change_the_beginning(model):
     """Uniforms laid out by max_new_tokens would give another sample when it grows."""
     short, long = (generate(model, RAGGED, max_new_tokens=n, temperature=1.0, seed=5) for n in (6, 18))
@@ -87,7 +120,7 @@ def test_lean_logits_equal_module_logits(model):
     assert g.is_plain(model)
     for prompts in (RAGGED, [p[:2] for p in RAGGED], [RAGGED[i] for i in (2, 0, 2, 2)]):  # equal prompts are read once
         with torch.inference_mode():
-            lean, module = g.LeanDecoder(model, prompts, 12), g.Decoder(model, prompts, 12)
+            lean, module = g.LeanDecoder(g.LeanWeights(model, 40), prompts, 12), g.Decoder(model, prompts, 12)
             torch.testing.assert_close(lean.logits, module.logits, rtol=1e-5, atol=1e-5)
             tokens = torch.tensor([3, 50, 12, 60])
             for step in range(10):
