@@ -86,6 +86,7 @@ class LeanWeights:
         turn = torch.complex(model.rope_cos[:length], model.rope_sin[:length]).unsqueeze(1)  # [S,1,Hd/2]
         turn = torch.cat([turn.expand(-1, G + 1, -1), torch.ones_like(turn)], dim=1)  # [S,G+2,Hd/2]
         self.turn = turn.flatten(1).repeat(1, K)  # [S, K(G+2)Hd/2]
+        self.calls = _scripted() if embed.device.type == "cpu" else (_prefill, _step)
 
 
 class LeanDecoder(Decoder):
@@ -106,7 +107,6 @@ class LeanDecoder(Decoder):
 
     def __init__(self, weights: LeanWeights, prompts: list[list[int]], steps: int):
         self.weights = weights
-        self.calls = _scripted() if weights.embed.device.type == "cpu" else (_prefill, _step)
         distinct: dict[tuple[int, ...], int] = {}
         self.copies = torch.tensor([distinct.setdefault(tuple(p), len(distinct)) for p in prompts], device=weights.embed.device)  # [B] its prompt's row there
         super().__init__(weights.model, list(distinct), steps)
@@ -119,14 +119,14 @@ class LeanDecoder(Decoder):
         w, (K, _, Hd), self.length = self.weights, self.weights.shape, tokens.shape[1]
         self.kv = w.embed.new_empty(len(w.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
         turn = w.turn[: self.length] if positions is None else w.turn[positions]
-        return self.calls[0](w.embed, w.blocks, w.out, self.kv, tokens, turn, mask, self.copies)
+        return w.calls[0](w.embed, w.blocks, w.out, self.kv, tokens, turn, mask, self.copies)
 
     def step(self, tokens: Tensor) -> Tensor:
         length, w = self.length, self.weights
         self.length += 1
         bias = self.bias[..., : length + 1] if self.ragged else None  # [B*K,1,S]
         turn = w.turn[self.positions(length) if self.ragged else length]  # [B, K(G+2)Hd/2] or [K(G+2)Hd/2]
-        return self.calls[1](w.embed, w.blocks, w.out, self.kv, tokens, turn, bias, length)
+        return w.calls[1](w.embed, w.blocks, w.out, self.kv, tokens, turn, bias, length)
 
     def positions(self, length: int) -> Tensor:
         return (length - self.pad).clamp_(max=len(self.weights.turn) - 1)
@@ -207,8 +207,8 @@ def _step(
 
 @functools.cache
 def _scripted() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """`_prefill` and `_step` as TorchScript. PyTorch calls that deprecated and names torch.compile in its place, which compiles for half a minute what
-    generates for a second, and keeps Python's lock."""
+    """`_prefill` and `_step` as TorchScript. PyTorch calls that deprecated and names torch.compile in its place, which keeps Python's lock and
+    compiles for longer than a call here takes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.jit.script(_prefill), torch.jit.script(_step)
