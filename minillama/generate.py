@@ -4,7 +4,8 @@
 
 `sample` is the whole story (tokens with their log-probabilities, and whether a stop came: what RLHF needs, sec 3.2.3);
 `generate` returns its tokens alone, `stream` hands them out as they come. What one row draws depends on (seed, row, step) and its
-own prompt, never on the rows beside it. Left out: beam search and speculative decoding; the paper uses neither.
+own prompt, never on the rows beside it, so a small model's rows are shared out among a CPU's cores. Left out: beam search and speculative decoding;
+the paper uses neither.
 
 Shapes: B rows still in the batch, T time, S time in the cache, V vocabulary.
 """
