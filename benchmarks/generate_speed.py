@@ -9,11 +9,10 @@ logits there is printed: rounding decides ties, nothing else may.
 """
 import argparse
 import tempfile
-import time
-from statistics import median
 
 import torch
 import transformers
+from train_speed import interleaved
 
 from minillama import checkpoint
 from minillama.config import LlamaConfig
@@ -56,13 +55,7 @@ def main() -> None:
         }
         ours, theirs, *_ = (run() for run in runs.values())
         gaps = [gap(model, p + o, len(p), p + t) for p, o, t in zip(prompts, ours, theirs, strict=True) if o != t]
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(5):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - began)
-        t = {name: median(v) for name, v in times.items()}
+        t = interleaved(runs, 1)
         rates = ", ".join(f"{name} {B * a.new / t[name]:,.0f} tokens/s" for name in ("minillama", "transformers"))
         print(f"batch {B:>2}, {a.threads} threads: {rates}; {t['transformers'] / t['minillama']:.2f}x", end="; ")
         print(f"{B - len(gaps)} of {B} texts the same" + (f", the others part where two logits are within {max(gaps):.1e}" if gaps else ""), end="; ")

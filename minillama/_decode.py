@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class LeanWeights:
     def __init__(self, model: Llama, length: int):
         c, embed = model.config, model.tok_embeddings.weight
         self.model, G, K = model, c.n_heads // c.n_kv_heads, c.n_kv_heads
-        self.shape = (K, G, c.head_dim)
+        self.kv_heads, self.head_dim = K, c.head_dim
         self.embed = torch.cat([embed, embed.new_full((len(embed), 1), (c.dim * c.norm_eps) ** 0.5)], dim=1)  # [V,D+1]
         self.blocks = []
         for block in model.layers:
@@ -113,11 +114,11 @@ class LeanDecoder(Decoder):
         self.pad, self.logits = self.pad[self.copies], self.logits[self.copies]
         if self.ragged:
             bias = torch.zeros(self.valid.shape, device=self.pad.device).masked_fill_(~self.valid, float("-inf"))[self.copies]  # [B,S]
-            self.bias = bias.repeat_interleave(weights.shape[0], dim=0).unsqueeze(1)  # [B*K,1,S]
+            self.bias = bias.repeat_interleave(weights.kv_heads, dim=0).unsqueeze(1)  # [B*K,1,S]
 
     def prefill(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        w, (K, _, Hd), self.length = self.weights, self.weights.shape, tokens.shape[1]
-        self.kv = w.embed.new_empty(len(w.blocks), 2, len(self.copies) * K, self.max_len, Hd)  # [L,2,B*K,S,Hd]
+        w, self.length = self.weights, tokens.shape[1]
+        self.kv = w.embed.new_empty(len(w.blocks), 2, len(self.copies) * w.kv_heads, self.max_len, w.head_dim)  # [L,2,B*K,S,Hd]
         turn = w.turn[: self.length] if positions is None else w.turn[positions]
         return w.calls[0](w.embed, w.blocks, w.out, self.kv, tokens, turn, mask, self.copies)
 
@@ -133,16 +134,44 @@ class LeanDecoder(Decoder):
 
     def select(self, rows: Tensor) -> None:
         self.pad = self.pad[rows]
-        K = self.weights.shape[0]
+        K = self.weights.kv_heads
         rows = (rows[:, None] * K + torch.arange(K, device=rows.device)).flatten()  # of B*K
         self.kv = self.kv[:, :, rows]
         if self.ragged:
             self.bias = self.bias[rows]
 
 
-def _norm(x: Tensor, padded: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + D eps) of the residual stream x [N,D]; padded [N,D+1] is x with sqrt(D eps) behind it."""
-    return x / torch.linalg.vector_norm(padded, dim=[1], keepdim=True)
+class _Places(NamedTuple):
+    """Where a layer puts what it makes of N rows, the same for all layers: views are made once, as a view costs as much as a small sum."""
+
+    padded: Tensor  # [N,D+1], the residual stream with sqrt(D eps) behind it
+    x: Tensor  # [N,D], the residual stream
+    size: Tensor  # [N,1]
+    normed: Tensor  # [N,D]
+    twice: Tensor  # [2,N,D], normed for w1 and for w3
+    hidden: Tensor  # [2,N,F]
+    gate: Tensor  # [N,F], hidden[0]
+    up: Tensor  # [N,F], hidden[1]
+
+
+def _places(padded: Tensor, ffn: int) -> _Places:
+    N, D = padded.size(0), padded.size(1) - 1
+    normed, hidden = padded.new_empty([N, D]), padded.new_empty([2, N, ffn])
+    gate, up = hidden.unbind()
+    return _Places(padded, padded.narrow(1, 0, D), padded.new_empty([N, 1]), normed, normed.expand(2, -1, -1), hidden, gate, up)
+
+
+def _norm(to: _Places) -> Tensor:
+    """x / sqrt(|x|^2 + D eps) [N,D] of the residual stream."""
+    return torch.div(to.x, torch.linalg.vector_norm(to.padded, dim=[1], keepdim=True, out=to.size), out=to.normed)
+
+
+def _rest(to: _Places, o: Tensor, wo: Tensor, w13: Tensor, w2: Tensor) -> None:
+    """Add to the residual stream what follows attention's o [N,H*Hd] in a block."""
+    to.x.addmm_(o, wo)
+    _norm(to)
+    torch.bmm(to.twice, w13, out=to.hidden)
+    to.x.addmm_(F.silu(to.gate, inplace=True).mul_(to.up), w2)
 
 
 def _prefill(
@@ -150,12 +179,11 @@ def _prefill(
 ) -> Tensor:
     """Logits [P,V] behind the distinct prompts tokens [P,T], whose keys and values fill kv [L,2,N*K,S,Hd], row n with those of prompt copies[n]. turn
     [T or P,T, K(G+2)Hd/2]; mask [P,1,T,T], None is causal."""
-    P, T, D, Hd = tokens.size(0), tokens.size(1), out.size(0), kv.size(4)
+    P, T, Hd, ffn = tokens.size(0), tokens.size(1), kv.size(4), blocks[0][2].size(2)
     K = kv.size(2) // len(copies)
-    padded = embed.index_select(0, tokens.flatten())  # [P*T,D+1]
-    x = padded.narrow(1, 0, D)
+    to = _places(embed.index_select(0, tokens.flatten()), ffn)  # P*T rows
     for i, (wqkv, wo, w13, w2) in enumerate(blocks):
-        qkv = torch.mm(_norm(x, padded), wqkv)  # [P*T, K(G+2)Hd]
+        qkv = torch.mm(_norm(to), wqkv)  # [P*T, K(G+2)Hd]
         torch.view_as_complex(qkv.view(P, T, -1, 2)).mul_(turn)
         heads = qkv.view(P, T, K, -1, Hd).permute(0, 2, 3, 1, 4)  # [P,K,G+2,T,Hd]
         q, k, v = heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]  # [P,H,T,Hd], [P,K,T,Hd] twice
@@ -163,46 +191,33 @@ def _prefill(
         kv[i, 1, :, :T] = v[copies].flatten(0, 1)
         last = i == len(blocks) - 1  # only the end of the prompt is asked for
         if last:
-            padded, q = padded.view(P, T, -1)[:, -1].contiguous(), q[:, :, -1:]
-            x, mask = padded.narrow(1, 0, D), None if mask is None else mask[:, :, -1:]
+            q, mask = q[:, :, -1:], None if mask is None else mask[:, :, -1:]
+            to = _places(to.padded.view(P, T, -1)[:, -1].contiguous(), ffn)  # P rows
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and not last, scale=1.0, enable_gqa=True)  # [P,H,T,Hd]
-        x.addmm_(o.transpose(1, 2).reshape(len(padded), -1), wo)
-        gate, up = torch.bmm(_norm(x, padded).expand(2, -1, -1), w13).unbind()  # [P*T,F] each
-        x.addmm_(F.silu(gate, inplace=True).mul_(up), w2)
-    return torch.mm(_norm(x, padded), out)
+        _rest(to, o.transpose(1, 2).reshape(len(to.x), -1), wo, w13, w2)
+    return torch.mm(_norm(to), out)
 
 
 def _step(
     embed: Tensor, blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]], out: Tensor, kv: Tensor, tokens: Tensor, turn: Tensor, bias: Tensor | None, length: int
 ) -> Tensor:
-    """Logits [N,V] after tokens [N] at slot `length` of kv [L,2,N*K,S,Hd]; weights as in LeanWeights, turn [N or 1, K(G+2)Hd/2], bias [N*K,1,length+1].
-
-    What a layer makes has a place, the same for all layers, and views of it are made before the first: a view costs as much as a small sum.
-    """
+    """Logits [N,V] after tokens [N] at slot `length` of kv [L,2,N*K,S,Hd]; weights as in LeanWeights, turn [N or 1, K(G+2)Hd/2], bias [N*K,1,length+1]."""
     wqkv, wo, w13, w2 = blocks[0]
-    N, D, NK, Hd = len(tokens), len(wqkv), kv.size(2), kv.size(4)
-    padded = embed.index_select(0, tokens)  # [N,D+1]
-    x, size, normed = padded.narrow(1, 0, D), embed.new_empty([N, 1]), embed.new_empty([N, D])
-    twice, hidden = normed.expand(2, -1, -1), embed.new_empty([2, N, w13.size(2)])
-    gate, up = hidden.unbind()  # [N,F] each
+    N, NK, Hd = len(tokens), kv.size(2), kv.size(4)
+    to = _places(embed.index_select(0, tokens), w13.size(2))
     qkv, attended = embed.new_empty([N, wqkv.size(1)]), embed.new_empty([N, len(wo)])
     pairs, per_head, heads = torch.view_as_complex(qkv.view(N, -1, 2)), qkv.view(NK, -1, Hd), attended.view(NK, -1, Hd)
     queries, new = per_head.split_with_sizes([heads.size(1), 2], dim=1)  # [N*K,G,Hd], [N*K,2,Hd]
     keys, values = kv.narrow(3, 0, length + 1).unbind(1)  # [L,N*K,S,Hd] each
     layers = zip(blocks, keys.mT.unbind(), values.unbind(), kv.select(3, length).transpose(1, 2).unbind())  # noqa: B905 (TorchScript knows no strict)
     for (wqkv, wo, w13, w2), k, v, slot in layers:
-        torch.div(x, torch.linalg.vector_norm(padded, dim=[1], keepdim=True, out=size), out=normed)
-        torch.mm(normed, wqkv, out=qkv)
+        torch.mm(_norm(to), wqkv, out=qkv)
         pairs.mul_(turn)
         slot.copy_(new)
         scores = torch.bmm(queries, k) if bias is None else torch.baddbmm(bias, queries, k)  # [N*K,G,S]
         torch.bmm(scores.softmax(-1), v, out=heads)
-        x.addmm_(attended, wo)
-        torch.div(x, torch.linalg.vector_norm(padded, dim=[1], keepdim=True, out=size), out=normed)
-        torch.bmm(twice, w13, out=hidden)
-        x.addmm_(F.silu(gate, inplace=True).mul_(up), w2)
-    torch.div(x, torch.linalg.vector_norm(padded, dim=[1], keepdim=True, out=size), out=normed)
-    return torch.mm(normed, out)
+        _rest(to, attended, wo, w13, w2)
+    return torch.mm(_norm(to), out)
 
 
 @functools.cache
